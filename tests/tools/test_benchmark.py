@@ -24,7 +24,7 @@ from tools.benchmark.columns import measure_columns
 from tools.benchmark.model_folder import write_model
 from tools.benchmark.peers import PEERS, SIDES, Pythons, compared_with, groups, is_ours
 from tools.benchmark.processor import machine, processor
-from tools.benchmark.report import markdown, markdown_columns
+from tools.benchmark.report import cell, markdown, markdown_columns
 from tools.benchmark.run import summarise
 from tools.benchmark.scripts import measure_scripts
 from tools.benchmark.summary import summarise_columns
@@ -295,11 +295,12 @@ class TestSeveralPeers:
         log = tmp_path / "log"
         paths = {None: sys.executable, "reference_python": sys.executable, "peers_python": tmp_path / "python"}
         pythons = Pythons(paths)
-        monkeypatch.setitem(SIDES, "diffusers", dataclasses.replace(SIDES["diffusers"], packages=("json", "no_such")))
+        monkeypatch.setitem(SIDES, "diffusers", dataclasses.replace(SIDES["diffusers"], packages=("numpy", "no_such")))
         monkeypatch.setattr(Pythons, "worker", lambda self, side, work, *more: fake(LETTERS[side], log))
         found = measured(pythons, ["ours", "diffusers", "openvino"])
         assert found[0]["diffusers"] == f"not measured: no no_such in {sys.executable}"
-        assert found[0]["openvino"] == f"not measured: no {tmp_path / 'python'}"
+        assert found[0]["openvino"] == f"not measured: no Python at {tmp_path / 'python'}"
+        assert pythons.packages("diffusers") == {"numpy": np.__version__, "no_such": None}
         assert isinstance(found[0]["ours"], Measurement) and log.read_text() == "oo"
 
     def test_what_cannot_be_prepared_is_quoted(self, fakes, monkeypatch):
@@ -314,8 +315,8 @@ class TestSeveralPeers:
             return lambda output: [sys.executable, "-c", PROGRAM, str(tmp_path / "log"), letter, str(output)]
 
         found = measure_scripts({name: command(name) for name in "axn"}, 2, CORES)
-        assert found["x"] == f"failed: {sys.executable} ended with 1 and wrote no PNG: error: no memory left"
-        assert found["n"] == f"failed: {sys.executable} ended with 0 and wrote no PNG"
+        assert found["x"] == "failed: -c ended with 1 and wrote no PNG: error: no memory left"
+        assert found["n"] == "failed: -c ended with 0 and wrote no PNG"
         assert len(found["a"].seconds) == 2
         assert (tmp_path / "log").read_text() == "axnaa"
 
@@ -381,13 +382,17 @@ class TestColumns:
                         "load": 0.1, "python": "3.11"},
             "settings": {"repeats": 1, "calls": 5, "apart": False, "together": 3},
             "sides": sides,
+            "versions": {"openvino": "2"},
             "works": [
                 summarise_columns(WORK, [[group]]),
                 summarise_columns(dataclasses.replace(WORK, title="loading", kind="load"), [loading]),
             ],
         }  # fmt: skip
         text = markdown_columns(result)
-        assert "with AVX2, AVX-512 without AVX512-BF16, AMX-BF16, 1 cores" in text and "numpy 1" in text
+        assert (
+            "with AVX2, AVX-512 without AVX512-BF16, AMX-BF16, 1 cores" in text
+            and "numpy 1, openvino 2. Medians" in text
+        )
         rows = [line for line in text.splitlines() if line.startswith("|")]
         assert rows[0] == (
             "| work | this project, fp32 | this project, bf16 | diffusers, fp32 | OpenVINO, bf16 | "
@@ -400,6 +405,9 @@ class TestColumns:
         assert rows[3] == "| loading | 2.00 s, 2.50 GB |  |  |  | 2.00 s (1.00), 2.50 GB |"
         assert rows[6] == "| a fake work | 9.00 s | 9.00 s | 9.00 s |  |  |"
         assert {row.count("|") for row in rows} == {7}
+
+    def test_a_long_failure_is_shortened(self):
+        assert cell({"problem": "failed: " + "a | b " * 50}, "calls_gb") == "failed: " + "a / b " * 11 + "a ..."
 
     def test_the_processor(self):
         xeon = (

@@ -42,7 +42,7 @@ def script(folder: Path, precision: str, path: Path) -> None:
     (image,) = load(folder, precision).generate_image(
         prompt=PROMPT, width=512, height=512, cfg_scale=SCALE, sample_method="dpm++2m", sample_steps=STEPS, seed=SEED
     )
-    image.save(path)
+    image.convert("RGB").save(path)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Collection, Sequence
@@ -29,7 +30,7 @@ class Peer:
         module: Its worker.
         options: Of the worker.
         kinds: The kinds of work that it has. Empty: this project's own, all of them.
-        packages: What its Python must have, beside `python`.
+        packages: What its Python must have. Empty: this project's own.
         environment: The setting that names its Python, None for this project's.
     """
 
@@ -99,6 +100,16 @@ def groups(sides: Sequence[str], together: int) -> list[list[str]]:
     return [[*ours, *others[i : i + room]] for i in range(0, max(1, len(others)), room)]
 
 
+# Prints {package: version, or null where it is missing}. It imports none: importing torch takes seconds.
+PROGRAM = """
+import json, sys
+from importlib import metadata
+from importlib.util import find_spec
+names = metadata.packages_distributions()
+print(json.dumps({n: metadata.version(names[n][0]) if find_spec(n) and n in names else None for n in sys.argv[1:]}))
+"""
+
+
 class Pythons:
     """The interpreters of the sides.
 
@@ -108,15 +119,23 @@ class Pythons:
 
     def __init__(self, paths: dict[str | None, Path]):
         self.paths = paths
-        self._reasons: dict[tuple[str | None, tuple[str, ...]], str | None] = {}
+        self._found: dict[tuple[str | None, tuple[str, ...]], dict[str, str | None] | None] = {}
+
+    def packages(self, side: str) -> dict[str, str | None] | None:
+        """Return the versions of what a side needs, None for those that are missing, or None without its Python."""
+        peer = SIDES[side]
+        key = (peer.environment, peer.packages)
+        if key not in self._found:
+            self._found[key] = package_versions(self.paths[peer.environment], peer.packages)
+        return self._found[key]
 
     def missing(self, side: str) -> str | None:
         """Return why a side cannot be measured, such as "not measured: no openvino in .venv-peers", or None."""
-        peer = SIDES[side]
-        key = (peer.environment, peer.packages)
-        if peer.environment is not None and key not in self._reasons:
-            self._reasons[key] = missing_packages(self.paths[peer.environment], peer.packages)
-        return self._reasons.get(key)
+        python, packages = self.paths[SIDES[side].environment], self.packages(side)
+        if packages is None:
+            return f"not measured: no Python at {python}"
+        names = [name for name, version in packages.items() if version is None]
+        return f"not measured: no {', '.join(names)} in {python}" if names else None
 
     def worker(self, side: str, work: Work, *more: str) -> list[str]:
         """Return the command of a side's worker."""
@@ -134,12 +153,11 @@ class Pythons:
         return [str(python), "text_to_image.py", *flags, "--precision", precision, "--output_path", str(output)]
 
 
-def missing_packages(python: Path, packages: Sequence[str]) -> str | None:
-    """Return why a Python cannot run a worker, or None if it can."""
+def package_versions(python: str | Path, packages: Sequence[str]) -> dict[str, str | None] | None:
+    """Return {package: its version, or None where it is missing}, or None if the Python does not run."""
+    if not packages:
+        return {}
     if shutil.which(python) is None:
-        return f"not measured: no {python}"
-    # find_spec imports nothing: importing torch takes seconds.
-    program = "import sys; from importlib.util import find_spec; print(*(n for n in sys.argv[1:] if not find_spec(n)))"
-    found = subprocess.run([python, "-c", program, *packages], capture_output=True, text=True)
-    missing = found.stdout.split() if found.returncode == 0 else list(packages)
-    return f"not measured: no {', '.join(missing)} in {python}" if missing else None
+        return None
+    found = subprocess.run([python, "-c", PROGRAM, *packages], capture_output=True, text=True)
+    return json.loads(found.stdout) if found.returncode == 0 else None

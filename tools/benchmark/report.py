@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from tools.benchmark.peers import SIDES
@@ -21,15 +22,19 @@ COLUMNS = (
     "first call, this project",
     "diffusers",
 )
+LONGEST_PROBLEM = 80  # characters of a failure in a cell. The JSON has all of it
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Return a paragraph about the machine and the method, and the table."""
     settings = result["settings"]
     order = "one process after the other" if settings["apart"] else "the two processes in turns, the other one stopped"
-    found = [line[side] for line in result["works"] for side in ("ours", "peer")]
+    versions: dict[str, str] = {}
+    for line in result["works"]:
+        for side in ("ours", "peer"):
+            versions.update(line[side].get("versions", {}))
     head = (
-        f"{where(result['machine'], found)}; fp32. {how(settings)}, {order}. "
+        f"{where(result['machine'], versions)}; fp32. {how(settings)}, {order}. "
         "Memory is the largest resident size of the process."
     )
     return head + "\n\n" + grid([COLUMNS, *map(row, result["works"])])
@@ -40,9 +45,12 @@ def markdown_columns(result: dict[str, Any]) -> str:
     settings, sides = result["settings"], result["sides"]
     turns = f"in turns of {settings['together']} processes at most, the others stopped"
     order = "one process after the other" if settings["apart"] else turns
-    found = [side for line in result["works"] for side in line["sides"].values()]
+    versions = dict(result["versions"])
+    for line in result["works"]:
+        for side in line["sides"].values():
+            versions.update(side.get("versions", {}))
     head = (
-        f"{where(result['machine'], found)}. {how(settings)}, {order}.\n\n"
+        f"{where(result['machine'], versions)}. {how(settings)}, {order}.\n\n"
         "A cell holds the time; in brackets the ratio of this project's time to it, in the same precision where that "
         "was measured, and of the processor seconds; the largest resident size from the first call on (loading: the "
         "largest size of memory that is no mapped file)."
@@ -64,21 +72,20 @@ def cell(side: dict[str, Any] | None, memory: str) -> str:
     if side is None:
         return ""
     if "problem" in side:
-        return "not measured" if side["problem"].startswith("not measured") else side["problem"].replace("|", "/")
+        if side["problem"].startswith("not measured"):
+            return "not measured"
+        return textwrap.shorten(side["problem"].replace("|", "/"), LONGEST_PROBLEM, placeholder=" ...")
     both = ", ".join(ratio(side[name]) for name in ("time_ratio", "cpu_ratio") if name in side)
     return f"{seconds(side['seconds'])}{f' ({both})' if both else ''}, {gigabytes(side[memory])}"
 
 
-def where(machine: dict[str, Any], sides: Iterable[dict[str, Any]]) -> str:
+def where(machine: dict[str, Any], versions: dict[str, str]) -> str:
     """Return the processor, which of the extensions it has that decide how fast bf16 is, and all versions."""
     extensions = machine.get("extensions", {})
     have = [title for title, has in extensions.items() if has]
     lack = [title for title, has in extensions.items() if not has]
     words = [f"with {', '.join(have)}"] * bool(have) + [f"without {', '.join(lack)}"] * bool(lack)
     numbers = f" ({machine['cpu_numbers']})" if "cpu_numbers" in machine else ""
-    versions: dict[str, str] = {}
-    for side in sides:
-        versions.update(side.get("versions", {}))
     return (
         f"{' '.join([machine['cpu'] + numbers, *words])}, {len(machine['cores'])} cores and threads, "
         f"{machine['memory_gb']} GB; load before the run {machine['load']:.1f}. Python {machine['python']}, "

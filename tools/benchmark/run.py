@@ -189,9 +189,12 @@ def measure_all(works: list[Work], args: Settings, numbers: Path, table: Path) -
         pythons = Pythons({**paths, None: Path(sys.executable)})
         result["sides"] = args.peers
         result["settings"]["together"] = args.together
+        result["versions"] = {}
         for side in args.peers:
             if reason := pythons.missing(side):
                 print(f"{side}: {reason}", file=sys.stderr)
+            else:
+                result["versions"].update(pythons.packages(side))
     else:
         args.reference_python = reference_python(args.reference_python)
     text = markdown_columns if args.peers else markdown

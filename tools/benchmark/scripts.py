@@ -68,7 +68,7 @@ def _run(command: Callable[[Path], list[str]], cores: Collection[int]) -> tuple[
         if status or not list(folder.rglob("*.png")):
             log.seek(0)
             lines = [line for line in log.read().splitlines() if line.strip()]
-            name = next((word for word in words if word.endswith(".py")), words[0])
+            name = words[words.index("-m") + 1] if "-m" in words else words[1]
             last = f": {lines[-1]}" if status and lines else ""
             return f"failed: {name} ended with {process.returncode} and wrote no PNG{last}"
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
