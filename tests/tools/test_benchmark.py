@@ -251,7 +251,9 @@ def fakes(monkeypatch, tmp_path):
 
 
 def measured(pythons, sides, work=WORK, together=3, calls=1):
-    return measure_columns(work, sides, pythons, calls, CORES, 4.0, together)
+    """Measure them, and return what each group that took turns gave; what could not start is in the first one."""
+    absent, *found = measure_columns(work, sides, pythons, calls, CORES, 4.0, together)
+    return [{**group, **(absent if i == 0 else {})} for i, group in enumerate(found or [{}])]
 
 
 class TestSeveralPeers:
@@ -276,6 +278,7 @@ class TestSeveralPeers:
 
     def test_this_project_alone_is_a_group(self):
         assert groups(["ours", "ours-bf16"], 3) == [["ours", "ours-bf16"]]
+        assert groups([], 3) == groups([], 1) == []
 
     def test_scripts_take_turns_in_one_group(self, fakes):
         pythons, log = fakes
@@ -309,6 +312,11 @@ class TestSeveralPeers:
         (found,) = measured(pythons, ["ours", "openvino"], dataclasses.replace(WORK, kind="load"))
         assert found["openvino"] == "failed: too large"
         assert log.read_text() == "oo"
+        sides = ["ours", "openvino"]
+        monkeypatch.setattr(columns, "prepare", lambda work, sides, *rest: dict.fromkeys(sides, "failed: disk full"))
+        for kind, together in (("load", 3), ("load", 1), ("script", 3)):
+            (found,) = measured(pythons, sides, dataclasses.replace(WORK, kind=kind), together)
+            assert found == dict.fromkeys(sides, "failed: disk full")
 
     def test_a_failed_script_is_quoted_and_not_run_again(self, tmp_path):
         def command(letter):
@@ -399,10 +407,10 @@ class TestColumns:
             "stable-diffusion.cpp, fp32 |"
         )
         assert rows[2] == (
-            "| a fake work | 4.00 s, 4.00 GB | 1.00 s (4.00, 4.00), 2.00 GB | 500 ms (8.00, 8.00), 1.00 GB | "
-            "not measured |  |"
+            "| a fake work | 4.00 s, 4.00 GB | 1.00 s (0.25, 0.25), 2.00 GB (0.50) | "
+            "500 ms (8.00, 8.00), 1.00 GB (4.00) | not measured |  |"
         )
-        assert rows[3] == "| loading | 2.00 s, 2.50 GB |  |  |  | 2.00 s (1.00), 2.50 GB |"
+        assert rows[3] == "| loading | 2.00 s, 2.50 GB |  |  |  | 2.00 s (1.00), 2.50 GB (1.00) |"
         assert rows[6] == "| a fake work | 9.00 s | 9.00 s | 9.00 s |  |  |"
         assert {row.count("|") for row in rows} == {7}
 

@@ -37,7 +37,7 @@ def measure_columns(
         together: Processes in a group. Those that wait keep their memory.
 
     Returns:
-        For each group, {side: its measurement, or the reason why there is none}.
+        {side: its measurement, or the reason why there is none}: first of those that cannot start, then of each group.
     """
     reasons = {side: pythons.missing(side) for side in sides if is_ours(side) or work.kind in SIDES[side].kinds}
     there = [side for side, reason in reasons.items() if reason is None]
@@ -50,12 +50,11 @@ def measure_columns(
             absent.update(failed)
         if work.kind == "script":
             scripts = {side: partial(pythons.script, side, work, folder) for side in there}
-            return [{**measure_scripts(scripts, calls, cores), **absent}]
-        found: list[Found] = []
+            return [absent, measure_scripts(scripts, calls, cores)]
+        found = [absent]
         for group in groups(there, together):
             commands = {side: pythons.worker(side, work, "--folder", str(folder)) for side in group}
             found.append(take_turns(commands, calls + 1, cores, memory_limit))
-        found[0].update(absent)
         return found
 
 

@@ -96,8 +96,10 @@ def groups(sides: Sequence[str], together: int) -> list[list[str]]:
         return [[side] for side in sides]
     ours = [side for side in sides if is_ours(side)]
     others = [side for side in sides if not is_ours(side)]
+    if not others:
+        return [ours] if ours else []
     room = max(1, together - len(ours))
-    return [[*ours, *others[i : i + room]] for i in range(0, max(1, len(others)), room)]
+    return [[*ours, *others[i : i + room]] for i in range(0, len(others), room)]
 
 
 # Prints {package: version, or null where it is missing}. It imports none: importing torch takes seconds.

@@ -51,9 +51,9 @@ def markdown_columns(result: dict[str, Any]) -> str:
             versions.update(side.get("versions", {}))
     head = (
         f"{where(result['machine'], versions)}. {how(settings)}, {order}.\n\n"
-        "A cell holds the time; in brackets the ratio of this project's time to it, in the same precision where that "
-        "was measured, and of the processor seconds; the largest resident size from the first call on (loading: the "
-        "largest size of memory that is no mapped file)."
+        "A cell holds the time and the largest resident size from the first call on (loading: the largest size of "
+        "memory that is no mapped file). In brackets are the ratios of this project to it, in the same precision where "
+        "that was measured: of the time, of the processor seconds, of the memory; of this project in bf16 to fp32."
     )
     titles = ("work", *(SIDES[side].title for side in sides))
     rows = [
@@ -75,8 +75,12 @@ def cell(side: dict[str, Any] | None, memory: str) -> str:
         if side["problem"].startswith("not measured"):
             return "not measured"
         return textwrap.shorten(side["problem"].replace("|", "/"), LONGEST_PROBLEM, placeholder=" ...")
-    both = ", ".join(ratio(side[name]) for name in ("time_ratio", "cpu_ratio") if name in side)
-    return f"{seconds(side['seconds'])}{f' ({both})' if both else ''}, {gigabytes(side[memory])}"
+    time, size = (
+        ", ".join(ratio(side[name]) for name in names if name in side)
+        for names in (("time_ratio", "cpu_ratio"), ("memory_ratio",))
+    )
+    words = (seconds(side["seconds"]), f" ({time})" if time else "", ", ", gigabytes(side[memory]))
+    return "".join([*words, f" ({size})" if size else ""])
 
 
 def where(machine: dict[str, Any], versions: dict[str, str]) -> str:

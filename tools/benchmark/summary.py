@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from tools.benchmark.peers import compared_with
+from tools.benchmark.peers import compared_with, is_ours
 from tools.benchmark.worker import Measurement
 from tools.benchmark.works import Work
 
@@ -34,7 +34,7 @@ def side_summary(found: Sequence[Measurement | str]) -> dict[str, Any]:
 
 
 def ratios(ours: dict[str, Any], peer: dict[str, Any], memory: str = "memory_gb") -> dict[str, float]:
-    """Return this project's medians over a peer's: of time, of processor seconds and of the memory of that name."""
+    """Return the first medians over the second: of time, of processor seconds and of the memory of that name."""
     if "problem" in ours or "problem" in peer:
         return {}
     found = {"time_ratio": ours["seconds"] / peer["seconds"]}
@@ -66,6 +66,8 @@ def summarise_columns(work: Work, repeats: Sequence[Sequence[Found]]) -> dict[st
 
     Ratios are those inside the groups of sides that took turns, so that what slowed the machine then slowed both.
 
+    They are this project's over the peer's. Those of this project in bf16 are its own over fp32's.
+
     Args:
         work: The workload.
         repeats: For each repeat, what each group of sides gave.
@@ -80,6 +82,7 @@ def summarise_columns(work: Work, repeats: Sequence[Sequence[Found]]) -> dict[st
         against = compared_with(name, measured)
         if against is not None:
             beside = [group[against] for group in everything if name in group and against in group]
-            side.update(ratios(side_summary(beside or runs[against]), side, line["memory_is"]), against=against)
+            pair = (side_summary(beside or runs[against]), side)
+            side.update(ratios(*(reversed(pair) if is_ours(name) else pair), line["memory_is"]), against=against)
         line["sides"][name] = side
     return line
