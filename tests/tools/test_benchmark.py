@@ -424,6 +424,7 @@ class TestColumns:
         found = processor(xeon + "processor: 1\nmodel name: Other\nflags: avx2\n")
         assert found["cpu"] == "Xeon" and found["cpu_numbers"] == "family 6, model 143"
         assert all(found["extensions"].values())
+        assert not any(processor("flags: avx512fx xavx2")["extensions"].values())
         assert not any(processor("")["extensions"].values())
         assert machine({0})["cores"] == [0] and machine({0})["extensions"].keys() == found["extensions"].keys()
 
