@@ -17,7 +17,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from ldm.ops import ascend, composite, cpu, portable
-from ldm.ops.cpu.library import kernel_library
+from ldm.ops.cpu.library import kernel_library, multiplies_bf16
 from ldm.ops.graph import Identity, RepeatedCell, Sequential, add, cast, free_graphs, shared_cell
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "mean",
+    "multiplies_bf16",
     "on_ascend",
     "pixels_to_tokens",
     "row_means",
@@ -60,11 +61,17 @@ def kernels_in_use() -> Path | None:
     return None if on_ascend() else kernel_library()
 
 
-def linear(has_bias: bool) -> nn.Cell:
-    """Linear layer: (x (..., in), weight (out, in), bias (out,) or None, dtype) -> (..., out) in `dtype`."""
+def linear(has_bias: bool, bf16_weight: bool = False) -> nn.Cell:
+    """Linear layer: (x (..., in), weight (out, in), bias (out,) or None, dtype) -> (..., out) in `dtype`.
+
+    With `bf16_weight`, which the CPU has, the weight is bfloat16 and has no gradient, x is float32, and so is `dtype`.
+    """
     if on_ascend():
         return shared_cell(ascend.BiasedLinear if has_bias else ascend.Linear)
-    return shared_cell(composite.Linear, add_row_bias() if has_bias else shared_cell(composite.NoBias))
+    add_bias = add_row_bias() if has_bias else shared_cell(composite.NoBias)
+    if bf16_weight:
+        return shared_cell(composite.LinearOfWeight, shared_cell(cpu.Bf16MatMul, multiplies_bf16()), add_bias)
+    return shared_cell(composite.Linear, add_bias)
 
 
 def add_row_bias() -> nn.Cell:
@@ -73,19 +80,31 @@ def add_row_bias() -> nn.Cell:
 
 
 def conv2d(
-    out_channels: int, kernel_size: int, stride: int, padding: int | tuple[int, int, int, int], has_bias: bool
+    out_channels: int,
+    kernel_size: int,
+    stride: int,
+    padding: int | tuple[int, int, int, int],
+    has_bias: bool,
+    bf16_weight: bool = False,
 ) -> nn.Cell:
     """Convolution: (x (N, C, H, W), weight (O, C, k, k), bias (O,) or None, dtype) -> (N, O, H', W') in `dtype`.
 
-    `padding` is one number of pixels for all sides, or (top, bottom, left, right).
+    `padding` is one number of pixels for all sides, or (top, bottom, left, right). `bf16_weight` is as in `linear`.
     """
     if on_ascend():
         return _ascend_conv2d(kernel_size, stride, padding, has_bias)
+    add_bias = add_channel_bias() if has_bias else shared_cell(composite.NoBias)
+    if bf16_weight:
+        keeps_size = stride == 1 and kernel_size in (1, 3) and padding == kernel_size // 2
+        convolution = shared_cell(
+            cpu.Bf16Conv2d, out_channels, kernel_size, stride, padding, multiplies_bf16() and keeps_size
+        )
+        return shared_cell(composite.Conv2dOfWeight, convolution, add_bias)
     if kernels_in_use() and (kernel_size, stride, padding) == (3, 1, 1):
         convolution = shared_cell(cpu.Conv3x3, out_channels)
     else:
         convolution = shared_cell(ops.Conv2D, out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
-    return shared_cell(composite.Conv2d, convolution, add_channel_bias() if has_bias else shared_cell(composite.NoBias))
+    return shared_cell(composite.Conv2d, convolution, add_bias)
 
 
 def _ascend_conv2d(kernel_size: int, stride: int, padding: int | tuple[int, int, int, int], has_bias: bool) -> nn.Cell:
@@ -177,7 +196,9 @@ def identity() -> nn.Cell:
     return shared_cell(Identity)
 
 
-def attention(num_heads: int, head_dim: int, causal_length: int = 0, flash: bool = False) -> nn.Cell:
+def attention(
+    num_heads: int, head_dim: int, causal_length: int = 0, flash: bool = False, bf16: bool = False
+) -> nn.Cell:
     """Multi-head attention: (q (N tokens, C), k and v (N key tokens, C), N) -> (N tokens, C).
 
     (N, tokens, C) is accepted for all three as well.
@@ -187,9 +208,12 @@ def attention(num_heads: int, head_dim: int, causal_length: int = 0, flash: bool
         head_dim: Channels of a head.
         causal_length: The number of tokens of a text whose tokens attend only to themselves and those before, or 0.
         flash: Use Ascend's fused operator, which takes fp16 and has no causal mask here.
+        bf16: On a CPU that multiplies bfloat16, round the factors of the products to it, unless the attention is
+            causal. Inputs and output are float32.
     """
     if kernels_in_use() and not flash:
-        return shared_cell(cpu.MultiHeadAttention, num_heads, causal_length > 0)
+        in_bf16 = bf16 and multiplies_bf16() and not causal_length
+        return shared_cell(cpu.MultiHeadAttention, num_heads, causal_length > 0, in_bf16)
     if flash:
         return shared_cell(ascend.FlashAttention, num_heads, head_dim)
     block_elements = ascend.BLOCK_ELEMENTS if on_ascend() else portable.BLOCK_ELEMENTS

@@ -29,6 +29,19 @@ class Linear(nn.Cell):
         return self.add_bias(y, bias).reshape(shape[:-1] + (out_channels,))
 
 
+class LinearOfWeight(nn.Cell):
+    """As Linear, by a product that takes the weight in the weight's own type."""
+
+    def __init__(self, product: nn.Cell, add_bias: nn.Cell):
+        super().__init__()
+        self.product, self.add_bias = product, add_bias
+
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: ms.Type) -> Tensor:
+        shape, (out_channels, in_channels) = x.shape, weight.shape
+        y = self.product(cast(x.reshape(-1, in_channels), dtype), weight)
+        return self.add_bias(y, bias).reshape(shape[:-1] + (out_channels,))
+
+
 class Conv2d(nn.Cell):
     """Convolution and bias."""
 
@@ -38,6 +51,17 @@ class Conv2d(nn.Cell):
 
     def construct(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: ms.Type) -> Tensor:
         return self.add_bias(self.convolution(cast(x, dtype), cast(weight, dtype)), bias)
+
+
+class Conv2dOfWeight(nn.Cell):
+    """As Conv2d, by a convolution that takes the weight in the weight's own type."""
+
+    def __init__(self, convolution: nn.Cell, add_bias: nn.Cell):
+        super().__init__()
+        self.convolution, self.add_bias = convolution, add_bias
+
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: ms.Type) -> Tensor:
+        return self.add_bias(self.convolution(cast(x, dtype), weight), bias)
 
 
 class GroupNormInFloat32(nn.Cell):

@@ -262,6 +262,17 @@ results = [
     ops.conv2d(42, 3, 1, 1, False)(normal(1, 40, 32, 32), normal(42, 40, 3, 3), None, fp32),
     ops.attention(3, 5)(normal(1400, 15), normal(1000, 15), normal(1000, 15), 2),
 ]
+def held(*shape):
+    return normal(*shape).astype(ms.bfloat16)
+if ops.multiplies_bf16():
+    results += [
+        ops.linear(False, True)(normal(2100, 300), held(700, 300), None, fp32),
+        ops.linear(False, True)(normal(3, 1000), held(1100, 1000), None, fp32),
+        ops.conv2d(50, 3, 1, 1, False, True)(normal(2, 18, 63, 65), held(50, 18, 3, 3), None, fp32),
+        ops.conv2d(250, 3, 1, 1, False, True)(normal(1, 180, 9, 9), held(250, 180, 3, 3), None, fp32),
+        ops.conv2d(50, 1, 1, 0, False, True)(normal(2, 300, 31, 33), held(50, 300, 1, 1), None, fp32),
+        ops.attention(3, 10, bf16=True)(normal(2800, 30), normal(1000, 30), normal(1000, 30), 2),
+    ]
 np.savez(sys.argv[1], *[result.asnumpy() for result in results])
 """
 
@@ -275,7 +286,7 @@ def test_nothing_depends_on_the_number_of_threads(tmp_path):
         subprocess.run([sys.executable, "-c", COMPUTE, str(tmp_path / f"{name}.npz")], cwd=ROOT, check=True,
                        preexec_fn=lambda processors=processors: os.sched_setaffinity(0, processors))  # fmt: skip
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "all.npz") as many:
-        assert len(one.files) == 8
+        assert len(one.files) == (14 if ops.multiplies_bf16() else 8)
         for name in one.files:
             np.testing.assert_array_equal(one[name], many[name])
 
@@ -308,6 +319,10 @@ def test_a_type_that_it_does_not_compute_in_is_refused():
         cpu.kernel("silu", cpu.first_shape)(Tensor(np.ones(4, np.float16))).asnumpy()
 
 
+def weight_in_bf16(*shape):
+    return Tensor(np.ones(shape, np.float32)).astype(ms.bfloat16)
+
+
 @needs_compiler
 def test_channels_that_do_not_fit_are_refused():
     x = Tensor(np.ones((1, 10, 2, 2), np.float32))
@@ -318,6 +333,13 @@ def test_channels_that_do_not_fit_are_refused():
         ops.conv2d(16, 3, 1, 1, has_bias=False)(
             x, Tensor(np.ones((16, 32, 3, 3), np.float32)), None, ms.float32
         ).asnumpy()
+    if ops.multiplies_bf16():
+        with pytest.raises(RuntimeError, match="linear_bf16"):
+            cpu.Bf16MatMul(True)(Tensor(np.ones((4, 10), np.float32)), weight_in_bf16(6, 12)).asnumpy()
+        with pytest.raises(RuntimeError, match="conv_bf16"):
+            ops.conv2d(16, 1, 1, 0, False, True)(x, weight_in_bf16(16, 32, 1, 1), None, ms.float32).asnumpy()
+        with pytest.raises(RuntimeError, match="linear_bf16"):  # the weight is fp32
+            cpu.Bf16MatMul(True)(Tensor(np.ones((4, 10), np.float32)), Tensor(np.ones((6, 10), np.float32))).asnumpy()
     rows = Tensor(np.ones((4, 10), np.float32))
     with pytest.raises(RuntimeError, match="attention"):
         ops.attention(3, 3)(rows, rows, rows, 1).asnumpy()

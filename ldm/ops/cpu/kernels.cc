@@ -7,3 +7,16 @@
 #include "pointwise.h"
 #include "swap_middle_axes.h"
 #include "winograd.h"
+
+#ifdef __AVX512BF16__
+#include "attention_bf16.h"
+#include "conv_bf16.h"
+#include "linear_bf16.h"
+#include "winograd_bf16.h"
+constexpr int HAS_BF16 = 1;
+#else
+constexpr int HAS_BF16 = 0;
+#endif
+
+// Whether the kernels of bf16 are there: the processor multiplies bf16.
+extern "C" int has_bf16(void) { return HAS_BF16; }

@@ -78,6 +78,13 @@ def kernel_library() -> Path | None:
     return None
 
 
+@cache
+def multiplies_bf16() -> bool:
+    """Whether the kernels multiply bf16 by instructions of this processor (AVX512-BF16)."""
+    library = kernel_library()
+    return library is not None and bool(ctypes.CDLL(str(library)).has_bf16())
+
+
 def _compiled(compiler: list[str]) -> Path:
     version = _output([*compiler, "--version"])
     sources = [path.read_bytes() for path in sorted(SOURCES.glob("*.h")) + [SOURCES / "kernels.cc"]]

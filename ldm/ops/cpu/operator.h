@@ -20,4 +20,15 @@ bool all_float32(int count, const char **types) {
   return std::all_of(types, types + count, [](const char *type) { return std::strcmp(type, "float32") == 0; });
 }
 
+using Bf16 = uint16_t;  // the upper half of a float
+
+float to_float(float value) { return value; }
+
+float to_float(Bf16 value) {
+  uint32_t bits = uint32_t(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
 }  // namespace

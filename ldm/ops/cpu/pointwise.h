@@ -40,6 +40,16 @@ int pointwise_dx(const Derivative &derivative, int count, float **p, int *ranks,
 
 extern "C" {
 
+// A weight of bf16, x -> the weight in fp32. x makes the result depend on the layer's input.
+int unpack_bf16(ARGUMENTS) {
+  bool valid = count == 3 && !std::strcmp(types[0], "bfloat16") && all_float32(1, types + 2);
+  return run_parts(valid, product(shapes[0], ranks[0]), [&](int64_t first, int64_t end) {
+    auto *weight = reinterpret_cast<const Bf16 *>(p[0]);
+#pragma omp simd
+    for (int64_t i = first; i < end; i++) p[2][i] = to_float(weight[i]);
+  });
+}
+
 // x -> x * (1 + erf(x / sqrt 2)) / 2
 int gelu(ARGUMENTS) {
   return pointwise([](float x) { return x * cumulative(x); }, count, p, ranks, shapes, types);

@@ -25,7 +25,7 @@ struct Winograd {
   int convolve(bool valid, const float *x, const float *weight, bool transposed, float *u, float *y) const {
     int failed = run(valid, out, 16 * out * in, [&](int64_t first, int64_t end) {
       Scratch scratch(9 * in);
-      transform_weight(weight, transposed, first, end, scratch.data(), u);
+      for (int64_t o = first; o < end; o++) transform_weight(weight, transposed, o, scratch.data(), u + 16 * o * in);
     });
     if (failed) return failed;
     // If there are few chunks of tiles, the channels are divided among the threads too.
@@ -38,7 +38,10 @@ struct Winograd {
       for (int64_t item = start; item < end; item++) {
         int64_t first = item / parts * CHUNK, part = item % parts, count = std::min(CHUNK, tiles - first);
         int64_t channel = out * part / parts, channels = out * (part + 1) / parts - channel;
-        if (part == 0 || item == start) transform_input(x, first, count, lines, v);
+        if (part == 0 || item == start) {
+          clear(lines);
+          for (int64_t i = 0; i < in; i++) transform_input(x, i, first, count, lines, v + 16 * i * count);
+        }
         for (int64_t k = 0; k < 16; k++)
           multiply('N', 'N', channels, count, in, 1, u + (16 * channel + k) * in, 16 * in, v + k * count, 16 * count, 0,
                    m + k * count, 16 * count);
@@ -47,30 +50,29 @@ struct Winograd {
     });
   }
 
- private:
+ protected:
   static constexpr int64_t CHUNK = 96;  // tiles at a time: oneDNN is fastest with multiples of 48 columns
 
   int64_t line() const { return 2 * across + 2; }
   int64_t line_values() const { return 4 * line() + width; }
 
-  // G g G^T of each 3x3 weight g, to u (out, 16, in). `planes` holds the nine values of g apart, for whole vectors.
-  void transform_weight(const float *weight, bool transposed, int64_t first, int64_t end, float *planes,
-                        float *u) const {
-    for (int64_t o = first; o < end; o++) {
-      const float *g = weight + (transposed ? o : o * in) * 9;
-      for (int64_t i = 0; i < in; i++, g += transposed ? out * 9 : 9)
-        for (int64_t k = 0; k < 9; k++) planes[(transposed ? 8 - k : k) * in + i] = g[k];
+  // G g G^T of each 3x3 weight g of an output channel, to u (16, in). `planes` holds the nine values of g apart, for whole
+  // vectors.
+  template <typename Weight>
+  void transform_weight(const Weight *weight, bool transposed, int64_t o, float *planes, float *u) const {
+    const Weight *g = weight + (transposed ? o : o * in) * 9;
+    for (int64_t i = 0; i < in; i++, g += transposed ? out * 9 : 9)
+      for (int64_t k = 0; k < 9; k++) planes[(transposed ? 8 - k : k) * in + i] = to_float(g[k]);
 #pragma omp simd
-      for (int64_t i = 0; i < in; i++) {
-        float t[4][3];
-        for (int64_t k = 0; k < 3; k++) {
-          float a = planes[k * in + i], b = planes[(3 + k) * in + i], c = planes[(6 + k) * in + i];
-          t[0][k] = a, t[1][k] = (a + b + c) / 2, t[2][k] = (a - b + c) / 2, t[3][k] = c;
-        }
-        for (int64_t k = 0; k < 4; k++) {
-          float *to = u + (16 * o + 4 * k) * in + i, a = t[k][0], b = t[k][1], c = t[k][2];
-          to[0] = a, to[in] = (a + b + c) / 2, to[2 * in] = (a - b + c) / 2, to[3 * in] = c;
-        }
+    for (int64_t i = 0; i < in; i++) {
+      float t[4][3];
+      for (int64_t k = 0; k < 3; k++) {
+        float a = planes[k * in + i], b = planes[(3 + k) * in + i], c = planes[(6 + k) * in + i];
+        t[0][k] = a, t[1][k] = (a + b + c) / 2, t[2][k] = (a - b + c) / 2, t[3][k] = c;
+      }
+      for (int64_t k = 0; k < 4; k++) {
+        float *to = u + 4 * k * in + i, a = t[k][0], b = t[k][1], c = t[k][2];
+        to[0] = a, to[in] = (a + b + c) / 2, to[2 * in] = (a - b + c) / 2, to[3 * in] = c;
       }
     }
   }
@@ -85,35 +87,35 @@ struct Winograd {
     }
   }
 
-  // B^T d B of each tile d, to v (in, 16, count)
-  void transform_input(const float *x, int64_t first, int64_t count, float *lines, float *v) const {
-    float *zeros = lines + 4 * line();
-    std::fill(lines, zeros + width, 0.0f);  // the padding is what the loops below do not write
-    for (int64_t i = 0; i < in; i++) {
-      for_strips(first, count, [&](int64_t offset, int64_t image, int64_t row, int64_t column, int64_t some) {
-        const float *plane = x + (image * in + i) * height * width, *d[4];
-        for (int64_t k = 0; k < 4; k++) {
-          int64_t above = 2 * row - 1 + k;
-          d[k] = above < 0 || above >= height ? zeros : plane + above * width;
-        }
-        int64_t from = std::max<int64_t>(0, 2 * column - 1), end = std::min(width, 2 * (column + some) + 1);
-        float *line0 = lines + 1, *line1 = line0 + line(), *line2 = line1 + line(), *line3 = line2 + line();
-        const float *d0 = d[0], *d1 = d[1], *d2 = d[2], *d3 = d[3];
+  // Clears `lines`, of which transform_input does not write the padding.
+  void clear(float *lines) const { std::fill(lines, lines + line_values(), 0.0f); }
+
+  // B^T d B of each tile d of an input channel, to v (16, count)
+  void transform_input(const float *x, int64_t channel, int64_t first, int64_t count, float *lines, float *v) const {
+    const float *zeros = lines + 4 * line();
+    for_strips(first, count, [&](int64_t offset, int64_t image, int64_t row, int64_t column, int64_t some) {
+      const float *plane = x + (image * in + channel) * height * width, *d[4];
+      for (int64_t k = 0; k < 4; k++) {
+        int64_t above = 2 * row - 1 + k;
+        d[k] = above < 0 || above >= height ? zeros : plane + above * width;
+      }
+      int64_t from = std::max<int64_t>(0, 2 * column - 1), end = std::min(width, 2 * (column + some) + 1);
+      float *line0 = lines + 1, *line1 = line0 + line(), *line2 = line1 + line(), *line3 = line2 + line();
+      const float *d0 = d[0], *d1 = d[1], *d2 = d[2], *d3 = d[3];
 #pragma omp simd
-        for (int64_t k = from; k < end; k++) {
-          line0[k] = d0[k] - d2[k], line1[k] = d1[k] + d2[k], line2[k] = d2[k] - d1[k], line3[k] = d1[k] - d3[k];
-        }
-        for (int64_t k = 0; k < 4; k++) {
-          const float *from_line = lines + k * line() + 2 * column;
-          float *to = v + (16 * i + 4 * k) * count + offset;
+      for (int64_t k = from; k < end; k++) {
+        line0[k] = d0[k] - d2[k], line1[k] = d1[k] + d2[k], line2[k] = d2[k] - d1[k], line3[k] = d1[k] - d3[k];
+      }
+      for (int64_t k = 0; k < 4; k++) {
+        const float *from_line = lines + k * line() + 2 * column;
+        float *to = v + 4 * k * count + offset;
 #pragma omp simd
-          for (int64_t j = 0; j < some; j++) {
-            float a = from_line[2 * j], b = from_line[2 * j + 1], c = from_line[2 * j + 2], e = from_line[2 * j + 3];
-            to[j] = a - c, to[count + j] = b + c, to[2 * count + j] = c - b, to[3 * count + j] = b - e;
-          }
+        for (int64_t j = 0; j < some; j++) {
+          float a = from_line[2 * j], b = from_line[2 * j + 1], c = from_line[2 * j + 2], e = from_line[2 * j + 3];
+          to[j] = a - c, to[count + j] = b + c, to[2 * count + j] = c - b, to[3 * count + j] = b - e;
         }
-      });
-    }
+      }
+    });
   }
 
   // A^T m A of each tile of m (out, 16, count): 2x2 pixels of y, or those of them that lie within
