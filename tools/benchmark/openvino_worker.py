@@ -14,6 +14,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,9 @@ from tools.benchmark.worker import Turns
 
 turns = Turns() if __name__ == "__main__" else None  # the tests import this
 
-import diffusers  # noqa: E402
 import numpy as np  # noqa: E402
 import openvino as ov  # noqa: E402
 import torch  # noqa: E402
-import transformers  # noqa: E402
 from diffusers import DPMSolverMultistepScheduler  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
@@ -206,8 +205,7 @@ def main() -> None:
         extra: dict[str, Any] = {"folder": args.folder} if work.kind == "load" else {}
         call = KINDS[work.kind](work, config, args.precision, **extra)
         gc.collect()  # PyTorch's networks
-        modules = {"diffusers": diffusers, "openvino": ov, "torch": torch, "transformers": transformers}
-        turns.serve(call, {name: str(module.__version__) for name, module in modules.items()})
+        turns.serve(call, {name: version(name) for name in ("diffusers", "openvino", "torch", "transformers")})
 
 
 if __name__ == "__main__":
