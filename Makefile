@@ -5,6 +5,7 @@
 # make test-versions  run a part of the tests with other versions of MindSpore, a virtual environment each
 # make test-aarch64   run the tests of the C++ kernels on an emulated aarch64; on Debian 12
 # make test-ascend    compile for Ascend without a device, compare the kernels with the recorded ones, look up operators
+# make peers          install what tools/benchmark/run.py --peers compares with, in a virtual environment of its own
 # make lint           check style, layout and types: ruff and mypy
 # make format         apply ruff's fixes and layout
 #
@@ -14,7 +15,7 @@ PYTHON ?=
 VERSIONS ?= 2.7.2 2.10.0
 export MAKECMDGOALS
 
-.PHONY: demo test test-processes test-parity test-versions test-aarch64 test-ascend lint format clean
+.PHONY: demo test test-processes test-parity test-versions test-aarch64 test-ascend peers lint format clean
 
 demo: .venv/ready
 	@.venv/bin/python -m tools.demo
@@ -44,6 +45,8 @@ test-aarch64: .venv-aarch64/ready
 test-ascend: .venv/ready
 	@.venv/bin/python -m pytest tests/ascend --durations=20
 
+peers: .venv-peers/ready .venv-parity/ready
+
 lint: .venv/ready
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
@@ -67,6 +70,9 @@ format: .venv/ready
 
 .venv-parity/ready: requirements.txt requirements-dev.txt requirements-parity.txt
 	@tools/make_venv .venv-parity 11 requirements-parity.txt $(PYTHON)
+
+.venv-peers/ready: requirements-peers.txt
+	@tools/make_venv .venv-peers 11 requirements-peers.txt $(PYTHON)
 
 clean:
 	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache build output *.egg-info

@@ -15,13 +15,21 @@ import pytest
 
 from ldm.data.dataset import read_image_text_csv
 from ldm.errors import UserError
+from ldm.models.stable_diffusion import build_model
 from ldm.settings.model import load_model_config
+from ldm.weights.load import load_base_model
 from tests.conftest import ROOT
-from tools.benchmark import inputs, metrics, run, works
-from tools.benchmark.report import markdown
+from tools.benchmark import columns, inputs, metrics, run, works
+from tools.benchmark.columns import measure_columns
+from tools.benchmark.model_folder import write_model
+from tools.benchmark.peers import PEERS, SIDES, Pythons, compared_with, groups, is_ours
+from tools.benchmark.processor import machine, processor
+from tools.benchmark.report import cell, markdown, markdown_columns
 from tools.benchmark.run import summarise
+from tools.benchmark.scripts import measure_scripts
+from tools.benchmark.summary import summarise_columns
 from tools.benchmark.worker import Measurement, Worker, WorkerFailed
-from tools.benchmark.works import MEMORY_TABLE, TABLE, WORKS, Work
+from tools.benchmark.works import MEMORY_TABLE, PEERS_TABLE, TABLE, WORKS, Work
 
 FAKE = """
 import sys, time
@@ -30,6 +38,9 @@ turns = Turns()
 kind, log = sys.argv[1], sys.argv[2]
 if kind == "broken":
     sys.exit("error: no such thing")
+if kind == "rounds":
+    weights = b"x" * (300 << 20)
+    del weights
 kept = []
 def call():
     print("a library says something on standard output")
@@ -110,6 +121,13 @@ class TestMeasuring:
             assert process_state(worker.process.pid) == "T"
         finally:
             worker.kill()
+
+    def test_memory_that_building_alone_held_is_told_apart(self, tmp_path):
+        worker = Worker(fake("rounds", tmp_path / "log"), os.sched_getaffinity(0), 4.0)
+        worker.call()
+        found = worker.end()
+        assert found.memory_gb > 0.3
+        assert 0.005 < found.own_gb < found.calls_gb < 0.2
 
     def test_a_side_that_exceeds_the_memory_limit_is_ended(self, arguments, commands):
         commands("greedy", "b")
@@ -202,6 +220,215 @@ class TestTheTable:
         assert {line.count("|") for line in lines} == {13}
 
 
+LETTERS = dict(zip(SIDES, "obdDcCvVsS"))  # in the log of the fakes
+CORES = os.sched_getaffinity(0)
+PROGRAM = """
+import sys
+log, letter, output = sys.argv[1:]
+with open(log, "a") as file:
+    file.write(letter)
+if letter == "x":
+    sys.exit("error: no memory left")
+if letter != "n":
+    open(output + "/image.png", "w").close()
+"""
+
+
+@pytest.fixture
+def fakes(monkeypatch, tmp_path):
+    """Return interpreters whose workers and scripts add their side's letter to a file, and that file."""
+    log = tmp_path / "log"
+    log.touch()
+
+    def script(self, side, work, folder, output):
+        return [sys.executable, "-c", PROGRAM, str(log), LETTERS[side], str(output)]
+
+    monkeypatch.setattr(Pythons, "missing", lambda self, side: None)
+    monkeypatch.setattr(Pythons, "worker", lambda self, side, work, *more: fake(LETTERS[side], log))
+    monkeypatch.setattr(Pythons, "script", script)
+    monkeypatch.setattr(columns, "prepare", lambda work, *rest: {})
+    return Pythons({None: sys.executable}), log
+
+
+def measured(pythons, sides, work=WORK, together=3, calls=1):
+    """Measure them, and return what each group that took turns gave; what could not start is in the first one."""
+    absent, *found = measure_columns(work, sides, pythons, calls, CORES, 4.0, together)
+    return [{**group, **(absent if i == 0 else {})} for i, group in enumerate(found or [{}])]
+
+
+class TestSeveralPeers:
+    @pytest.mark.parametrize(
+        "together, order", [(4, "odDcodDc"), (3, "odDodDococ"), (2, "ododoDoDococ"), (1, "ooddDDcc")]
+    )
+    def test_they_take_turns_in_groups_with_this_project_in_each(self, fakes, together, order):
+        pythons, log = fakes
+        found = measured(pythons, ["ours", "diffusers", "diffusers-bf16", "compile"], together=together)
+        assert log.read_text() == order
+        assert all(isinstance(side, Measurement) for group in found for side in group.values())
+
+    @pytest.mark.parametrize("together", range(1, 12))
+    @pytest.mark.parametrize("ours", [["ours"], ["ours", "ours-bf16"]])
+    def test_groups_hold_each_peer_once_and_never_more_than_asked_for(self, ours, together):
+        peers = [side for side in SIDES if not is_ours(side)]
+        found = groups([*ours, *peers], together)
+        assert [side for group in found for side in group if not is_ours(side)] == peers
+        if together > 1:
+            assert all(group[: len(ours)] == ours for group in found)
+        assert max(map(len, found)) <= max(together, len(ours) + 1 if together > 1 else 1)
+
+    def test_this_project_alone_is_a_group(self):
+        assert groups(["ours", "ours-bf16"], 3) == [["ours", "ours-bf16"]]
+        assert groups([], 3) == groups([], 1) == []
+
+    def test_scripts_take_turns_in_one_group(self, fakes):
+        pythons, log = fakes
+        work = dataclasses.replace(WORK, kind="script")
+        (found,) = measured(pythons, ["ours", "diffusers", "openvino", "sd.cpp"], work, together=2, calls=2)
+        assert log.read_text() == "odvsodvsodvs"
+        assert all(len(side.seconds) == 2 and side.calls_gb == side.memory_gb > 0.001 for side in found.values())
+
+    def test_a_peer_without_this_kind_of_work_has_no_cell(self, fakes):
+        pythons, log = fakes
+        work = dataclasses.replace(WORK, kind="lora")
+        (found,) = measured(pythons, ["ours", "ours-bf16", "diffusers", "openvino", "sd.cpp"], work)
+        assert list(found) == ["ours", "ours-bf16", "diffusers"]
+
+    def test_an_absent_environment_is_not_measured_and_the_others_are(self, fakes, monkeypatch, tmp_path):
+        monkeypatch.undo()
+        log = tmp_path / "log"
+        paths = {None: sys.executable, "reference_python": sys.executable, "peers_python": tmp_path / "python"}
+        pythons = Pythons(paths)
+        monkeypatch.setitem(SIDES, "diffusers", dataclasses.replace(SIDES["diffusers"], packages=("numpy", "no_such")))
+        monkeypatch.setattr(Pythons, "worker", lambda self, side, work, *more: fake(LETTERS[side], log))
+        found = measured(pythons, ["ours", "diffusers", "openvino"])
+        assert found[0]["diffusers"] == f"not measured: no no_such in {sys.executable}"
+        assert found[0]["openvino"] == f"not measured: no Python at {tmp_path / 'python'}"
+        assert pythons.packages("diffusers") == {"numpy": np.__version__, "no_such": None}
+        assert isinstance(found[0]["ours"], Measurement) and log.read_text() == "oo"
+
+    def test_what_cannot_be_prepared_is_quoted(self, fakes, monkeypatch):
+        pythons, log = fakes
+        monkeypatch.setattr(columns, "prepare", lambda work, *rest: {"openvino": "failed: too large"})
+        (found,) = measured(pythons, ["ours", "openvino"], dataclasses.replace(WORK, kind="load"))
+        assert found["openvino"] == "failed: too large"
+        assert log.read_text() == "oo"
+        sides = ["ours", "openvino"]
+        monkeypatch.setattr(columns, "prepare", lambda work, sides, *rest: dict.fromkeys(sides, "failed: disk full"))
+        for kind, together in (("load", 3), ("load", 1), ("script", 3)):
+            (found,) = measured(pythons, sides, dataclasses.replace(WORK, kind=kind), together)
+            assert found == dict.fromkeys(sides, "failed: disk full")
+
+    def test_a_failed_script_is_quoted_and_not_run_again(self, tmp_path):
+        def command(letter):
+            return lambda output: [sys.executable, "-c", PROGRAM, str(tmp_path / "log"), letter, str(output)]
+
+        found = measure_scripts({name: command(name) for name in "axn"}, 2, CORES)
+        assert found["x"] == "failed: -c ended with 1 and wrote no PNG: error: no memory left"
+        assert found["n"] == "failed: -c ended with 0 and wrote no PNG"
+        assert len(found["a"].seconds) == 2
+        assert (tmp_path / "log").read_text() == "axnaa"
+
+    def test_scripts_of_this_project_name_their_precision(self):
+        pythons = Pythons({None: "python", "reference_python": "other"})
+        for side, precision in (("ours", "fp32"), ("ours-bf16", "bf16")):
+            command = pythons.script(side, WORK, ROOT, ROOT / "out")
+            assert command[:2] == ["python", "text_to_image.py"]
+            flags = dict(zip(command[2::2], command[3::2]))
+            assert flags["--precision"] == precision and flags["--ckpt_path"] == str(ROOT / "model")
+        command = pythons.script("compile-bf16", WORK, ROOT, ROOT / "out")
+        assert command[:6] == ["other", "-m", "tools.benchmark.reference", "fake", "--precision", "bf16"]
+        assert command[6:] == ["--compile", "--folder", str(ROOT), "--image", str(ROOT / "out" / "image.png")]
+
+    def test_the_model_that_all_sides_read(self, tiny_config, tmp_path):
+        write_model(tmp_path / "model", tiny_config)
+        model = build_model(tiny_config, random=False)
+        report = load_base_model(model, tmp_path / "model")
+        assert report.ok
+        weights = np.concatenate([p.asnumpy().ravel() for p in model.model.get_parameters()])
+        assert np.isfinite(weights).all() and 0.001 < weights.std() < 1
+
+
+class TestColumns:
+    def test_ratios_are_those_inside_the_group(self):
+        slow = {"ours": side(20, memory=2), "compile": side(10, memory=1)}
+        line = summarise_columns(WORK, [[{"ours": side(2), "diffusers": side(4)}, slow]])
+        assert line["sides"]["diffusers"]["time_ratio"] == 0.5
+        assert line["sides"]["compile"]["time_ratio"] == line["sides"]["compile"]["cpu_ratio"] == 2
+        assert line["sides"]["ours"]["seconds"] == 11
+        assert "time_ratio" not in line["sides"]["ours"]
+
+    def test_without_turns_ratios_are_those_of_the_medians(self):
+        line = summarise_columns(WORK, [[{"ours": side(2)}, {"diffusers": side(4)}]])
+        assert line["sides"]["diffusers"]["time_ratio"] == 0.5
+
+    @pytest.mark.parametrize(
+        "name, measured, expected",
+        [
+            ("ours", ["ours", "ours-bf16"], None),
+            ("ours-bf16", ["ours", "ours-bf16"], "ours"),
+            ("diffusers", ["ours", "ours-bf16"], "ours"),
+            ("openvino-bf16", ["ours", "ours-bf16"], "ours-bf16"),
+            ("openvino-bf16", ["ours"], "ours"),
+        ],
+    )
+    def test_a_peer_is_compared_with_this_project_in_its_precision(self, name, measured, expected):
+        assert compared_with(name, measured) == expected
+
+    def test_a_failed_bf16_leaves_the_comparison_to_fp32(self):
+        group = {"ours": side(2), "ours-bf16": "failed: no bf16", "openvino-bf16": side(4)}
+        line = summarise_columns(WORK, [[group]])
+        assert line["sides"]["ours-bf16"] == {"problem": "failed: no bf16", "against": "ours"}
+        assert line["sides"]["openvino-bf16"]["against"] == "ours"
+
+    def test_markdown(self):
+        sides = ["ours", "ours-bf16", "diffusers", "openvino-bf16", "sd.cpp"]
+        fp32, bf16, peer = (dataclasses.replace(side(s, memory=9), calls_gb=gb) for s, gb in ((4, 4), (1, 2), (0.5, 1)))
+        loading = [{name: dataclasses.replace(side(first=2.0), own_gb=2.5) for name in ("ours", "sd.cpp")}]
+        group = {"ours": fp32, "ours-bf16": bf16, "diffusers": peer, "openvino-bf16": "not measured: no openvino in a"}
+        result = {
+            "machine": {**processor("model name: a CPU\nflags: avx2 avx512f\n"), "cores": [0], "memory_gb": 24,
+                        "load": 0.1, "python": "3.11"},
+            "settings": {"repeats": 1, "calls": 5, "apart": False, "together": 3},
+            "sides": sides,
+            "versions": {"openvino": "2"},
+            "works": [
+                summarise_columns(WORK, [[group]]),
+                summarise_columns(dataclasses.replace(WORK, title="loading", kind="load"), [loading]),
+            ],
+        }  # fmt: skip
+        text = markdown_columns(result)
+        assert (
+            "with AVX2, AVX-512 without AVX512-BF16, AMX-BF16, 1 cores" in text
+            and "numpy 1, openvino 2. Medians" in text
+        )
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        assert rows[0] == (
+            "| work | this project, fp32 | this project, bf16 | diffusers, fp32 | OpenVINO, bf16 | "
+            "stable-diffusion.cpp, fp32 |"
+        )
+        assert rows[2] == (
+            "| a fake work | 4.00 s, 4.00 GB | 1.00 s (0.25, 0.25), 2.00 GB (0.50) | "
+            "500 ms (8.00, 8.00), 1.00 GB (4.00) | not measured |  |"
+        )
+        assert rows[3] == "| loading | 2.00 s, 2.50 GB |  |  |  | 2.00 s (1.00), 2.50 GB (1.00) |"
+        assert rows[6] == "| a fake work | 9.00 s | 9.00 s | 9.00 s |  |  |"
+        assert {row.count("|") for row in rows} == {7}
+
+    def test_a_long_failure_is_shortened(self):
+        assert cell({"problem": "failed: " + "a | b " * 50}, "calls_gb") == "failed: " + "a / b " * 11 + "a ..."
+
+    def test_the_processor(self):
+        xeon = (
+            "processor: 0\ncpu family: 6\nmodel: 143\nmodel name: Xeon\nflags: fpu avx2 avx512f avx512_bf16 amx_bf16\n"
+        )
+        found = processor(xeon + "processor: 1\nmodel name: Other\nflags: avx2\n")
+        assert found["cpu"] == "Xeon" and found["cpu_numbers"] == "family 6, model 143"
+        assert all(found["extensions"].values())
+        assert not any(processor("flags: avx512fx xavx2")["extensions"].values())
+        assert not any(processor("")["extensions"].values())
+        assert machine({0})["cores"] == [0] and machine({0})["extensions"].keys() == found["extensions"].keys()
+
+
 class TestChoosing:
     def test_the_table_and_the_memory_table_share_no_name(self):
         assert not set(TABLE) & set(MEMORY_TABLE)
@@ -216,6 +443,8 @@ class TestChoosing:
             (["text", "lora_256"], ["text", "lora_256"]),
             (["--memory_table"], list(MEMORY_TABLE)),
             (["lora_256_b4"], ["lora_256_b4"]),
+            (["--peers", "all"], list(PEERS_TABLE)),
+            (["text", "--peers", "compile"], ["text"]),
         ],
     )
     def test_workloads_are_chosen_by_name(self, argv, expected):
@@ -234,11 +463,18 @@ class TestChoosing:
             ["--repeats", "0"],
             ["--calls", "0"],
             ["--memory_limit", "much"],
+            ["--peers", "diffuser"],
+            ["--together", "1"],
         ],
     )
     def test_invalid_settings(self, argv):
         with pytest.raises(UserError, match=argv[0]):
             run.parse(argv)
+
+    def test_the_columns_have_an_order_of_their_own(self):
+        assert run.parse(["--peers", "openvino", "ours-bf16", "openvino"]).peers == ["ours", "ours-bf16", "openvino"]
+        assert run.parse(["--peers", "all"]).peers == list(SIDES) == ["ours", *PEERS]
+        assert run.parse([]).peers == []
 
     def test_an_unusable_output_is_refused_before_the_work(self, tmp_path, monkeypatch):
         monkeypatch.setattr(run, "measure_all", lambda *arguments: pytest.fail("it began"))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 from tools.benchmark.worker import Turns
 
@@ -18,7 +20,7 @@ turns = Turns() if __name__ == "__main__" else None  # the tests import this
 
 import numpy as np  # noqa: E402
 
-from ldm.runtime.device import setup_runtime  # noqa: E402  isort: skip
+from ldm.runtime.device import current_runtime, setup_runtime  # noqa: E402  isort: skip
 
 import mindspore as ms  # noqa: E402
 from mindspore import Tensor, nn  # noqa: E402
@@ -29,6 +31,7 @@ from ldm.data.training_data import data_of_rows  # noqa: E402
 from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
 from ldm.diffusion.sampling import Sampling  # noqa: E402
 from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402
+from ldm.generation.loading import set_up_sampling  # noqa: E402
 from ldm.generation.pipeline import Pipeline  # noqa: E402
 from ldm.generation.source_image import HiresFix  # noqa: E402
 from ldm.generation.tiling import run_tiled  # noqa: E402
@@ -36,7 +39,7 @@ from ldm.lora.inject import get_lora, inject_lora  # noqa: E402
 from ldm.lora.merge import merge_lora  # noqa: E402
 from ldm.lora.spec import LoRASpec  # noqa: E402
 from ldm.models.autoencoder import AutoencoderKL, VAEDecode  # noqa: E402
-from ldm.models.stable_diffusion import DiffusionWrapper, build_model  # noqa: E402
+from ldm.models.stable_diffusion import DiffusionWrapper, StableDiffusion, build_model  # noqa: E402
 from ldm.models.text_encoder import CLIPTextEncoder  # noqa: E402
 from ldm.models.unet import UNetModel  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
@@ -45,6 +48,7 @@ from ldm.training.graph_cache import cached_graphs, graph_key  # noqa: E402
 from ldm.training.inputs import Inputs  # noqa: E402
 from ldm.training.optimizers import adamw_scalars  # noqa: E402
 from ldm.training.step import StepScalars, TrainStep  # noqa: E402
+from ldm.weights.load import load_base_model  # noqa: E402
 from tools.benchmark import works  # noqa: E402
 from tools.benchmark.inputs import PROMPT, draw_images, draw_inputs, draw_mask, long_texts, write_images  # noqa: E402
 from tools.benchmark.works import WORKS, Work  # noqa: E402
@@ -65,6 +69,23 @@ def frozen(net: nn.Cell) -> nn.Cell:
     return net
 
 
+def in_precision(net: nn.Cell) -> nn.Cell:
+    """Hold the frozen weights of a network in the type of --precision, as both scripts do, and return it."""
+    runtime = current_runtime()
+    # set_up_sampling sets up the UNet and the text encoder of a whole model. This may be either, or both.
+    networks = SimpleNamespace(model=net, cond_stage_model=net)
+    set_up_sampling(networks, runtime.compute_dtype if runtime else ms.float32, flash_attention=False)
+    return net
+
+
+def built_model(config: ModelConfig, random: bool = True) -> StableDiffusion:
+    """Build a whole model as it generates: the VAE computes in fp32 in every precision."""
+    model = build_model(config, random=random)
+    in_precision(model.model)
+    in_precision(model.cond_stage_model)
+    return model
+
+
 def train_step(config: ModelConfig, unet: UNetModel, full: bool, checkpointing: bool = False) -> TrainStep:
     """Build the step of train_text_to_image.py for this workload."""
     if full:
@@ -82,13 +103,15 @@ def scalars(step: int) -> StepScalars:
 
 
 def unet(work: Work, config: ModelConfig) -> Callable:
-    net, given = frozen(UNetModel(**config.unet)), draw_inputs(config, work)
+    net, given = in_precision(frozen(UNetModel(**config.unet))), draw_inputs(config, work)
     inputs = [Tensor(given[name]) for name in ("latents", "timesteps", "text_embeddings")]
     return lambda: net(*inputs).asnumpy()
 
 
 def lora(work: Work, config: ModelConfig, full: bool = False, checkpointing: bool = False) -> Callable:
     unet = frozen(UNetAlone(config)).model.diffusion_model
+    if not full:
+        in_precision(unet)
     step, given = train_step(config, unet, full, checkpointing), draw_inputs(config, work)
     batch = tuple(Tensor(given[name]) for name in ("latents", "noise", "timesteps", "text_embeddings"))
     numbers = itertools.count(1)
@@ -108,7 +131,7 @@ def first_step_cached(work: Work, config: ModelConfig, folder: Path) -> Callable
 
 def epoch(work: Work, config: ModelConfig) -> Callable:
     """Build an epoch without loading weights: reading and encoding images and captions, compiling, and all steps."""
-    model, size = build_model(config), work.size * config.vae_factor
+    model, size = built_model(config), work.size * config.vae_factor
 
     def run() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +156,7 @@ def generate(
     long_prompts: bool = False,
 ) -> Callable:
     """Build a generation from prompts: text encoding, sampling, decoding."""
-    model, size = build_model(config), work.size * config.vae_factor
+    model, size = built_model(config), work.size * config.vae_factor
     if merged:
         source = build_model(config)
         inject_lora(source, LoRASpec(rank=works.RANK))
@@ -152,7 +175,7 @@ def generate(
 
 def from_image(work: Work, config: ModelConfig, masked: bool = False) -> Callable:
     """Build image-to-image, or inpainting with a model of four channels."""
-    pipeline, images = Pipeline(build_model(config)), draw_images(config, work)
+    pipeline, images = Pipeline(built_model(config)), draw_images(config, work)
     mask = draw_mask(config, work) if masked else None
     prompts = [f"{PROMPT} {i}" for i in range(work.batch)]
     return lambda: pipeline(
@@ -164,7 +187,7 @@ def from_image(work: Work, config: ModelConfig, masked: bool = False) -> Callabl
 
 def hires(work: Work, config: ModelConfig) -> Callable:
     """Build the two passes of a hires fix, whose second begins from the enlarged latents of the first."""
-    pipeline, side = Pipeline(build_model(config)), work.size * config.vae_factor
+    pipeline, side = Pipeline(built_model(config)), work.size * config.vae_factor
     prompts = [f"{PROMPT} {i}" for i in range(work.batch)]
     second_pass = HiresFix(works.HIRES_SCALE, works.STRENGTH)
     return lambda: pipeline(
@@ -186,8 +209,17 @@ def decode(work: Work, config: ModelConfig) -> Callable:
 
 
 def text(work: Work, config: ModelConfig) -> Callable:
-    net, tokens = frozen(CLIPTextEncoder(**config.text)), Tensor(draw_inputs(config, work)["tokens"])
+    net, tokens = in_precision(frozen(CLIPTextEncoder(**config.text))), Tensor(draw_inputs(config, work)["tokens"])
     return lambda: net(tokens).asnumpy()
+
+
+def load(work: Work, config: ModelConfig, folder: Path) -> Callable:
+    """Build what both scripts do first: make the networks and load a checkpoint into them."""
+
+    def run() -> None:
+        load_base_model(built_model(config, random=False), folder / "model")
+
+    return run
 
 
 KINDS: dict[str, Callable[..., Callable]] = {
@@ -197,6 +229,7 @@ KINDS: dict[str, Callable[..., Callable]] = {
     "long_prompts": partial(generate, long_prompts=True), "hires": hires,
     "image_to_image": from_image, "inpainting": partial(from_image, masked=True), "tiled": tiled, "decode": decode,
     "text": text, "first_step": lora, "first_step_cached": first_step_cached,
+    "load": load,
 }  # fmt: skip
 
 
@@ -204,12 +237,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work")
     parser.add_argument("--kind", help="instead of the workload's")
-    parser.add_argument("--graphs", type=Path, help="the cache folder of first_step_cached")
+    parser.add_argument("--folder", type=Path, help="the cache folder of first_step_cached; what run.py prepared")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     args = parser.parse_args()
-    setup_runtime("CPU", seed=works.SEED)
+    if setup_runtime("CPU", precision=args.precision, seed=works.SEED).precision != args.precision:
+        sys.exit(f"this project has no precision {args.precision} on the CPU")
     work = WORKS[args.work]
-    extra = {"folder": args.graphs} if args.graphs else {}
-    call = KINDS[args.kind or work.kind](work, load_model_config(work.config), **extra)
+    kind = args.kind or work.kind
+    extra = {"folder": args.folder} if kind in ("first_step_cached", "load") else {}
+    call = KINDS[kind](work, load_model_config(work.config), **extra)
     turns.serve(call, {"mindspore": ms.__version__, "numpy": np.__version__})
 
 

@@ -1,9 +1,13 @@
 """diffusers' side of a workload, started by run.py in an environment with torch, diffusers and transformers.
 
-    python -m tools.benchmark.reference NAME
+    python -m tools.benchmark.reference NAME [--precision bf16] [--compile] [--folder FOLDER] [--image IMAGE]
 
 Prompts are given as tokens, because tokenizing takes no time worth measuring. LoRA is PEFT's arithmetic without its
 wrappers: x W^T + b + (x A^T) B^T * scale.
+
+In bf16, the networks are in bf16 as from_pretrained(torch_dtype=torch.bfloat16) has them. Training does as diffusers'
+LoRA script with mixed_precision bf16: frozen networks in bf16, the LoRA and AdamW in fp32, under autocast. With
+--compile, the network that computes is torch.compile's in its default mode.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import csv
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +37,33 @@ from torch import nn  # noqa: E402
 from ldm.settings.model import ModelConfig, load_model_config  # noqa: E402
 from tests.parity.reference import reference_text_encoder, reference_unet, reference_vae  # noqa: E402
 from tools.benchmark import works  # noqa: E402
-from tools.benchmark.inputs import draw_images, draw_inputs, draw_mask, draw_tokens, write_images  # noqa: E402
+from tools.benchmark.inputs import PROMPT, draw_images, draw_inputs, draw_mask, draw_tokens, write_images  # noqa: E402
 from tools.benchmark.works import WORKS, Work  # noqa: E402
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MODEL = "model"  # in --folder: the diffusers folder that scripts and loading read
 LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How PyTorch computes."""
+
+    dtype: torch.dtype = torch.float32
+    compiled: bool = False
+
+    def frozen(self, net: nn.Module) -> nn.Module:
+        """Return a network without gradients, in this type."""
+        net.requires_grad_(False)
+        return net.eval().to(self.dtype)
+
+    def compile(self, call: Any) -> Any:
+        """Return a network or a function with torch.compile, or as it is."""
+        return torch.compile(call) if self.compiled else call
+
+    def autocast(self) -> torch.autocast:
+        """Return what the forward pass of a training runs under."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
 class LoRALinear(nn.Module):
@@ -77,18 +105,16 @@ def scheduler(cls: type, config: ModelConfig, **settings: Any) -> Any:
     )
 
 
-def frozen(net: nn.Module) -> nn.Module:
-    net.requires_grad_(False)
-    return net.eval()
-
-
 class TrainStep:
     """The step of diffusers' train_text_to_image(_lora).py: noise, prediction, loss, clipping, AdamW."""
 
-    def __init__(self, config: ModelConfig, full: bool):
-        self.unet = reference_unet(config).requires_grad_(full)
-        self.trained = list(self.unet.parameters()) if full else inject_lora(self.unet)
-        self.unet.train()
+    def __init__(self, config: ModelConfig, variant: Variant, full: bool):
+        unet = reference_unet(config).requires_grad_(full)
+        if not full:
+            unet.to(variant.dtype)  # before the LoRA, which stays in fp32
+        self.trained = list(unet.parameters()) if full else inject_lora(unet)
+        self.unet = variant.compile(unet.train())
+        self.variant = variant
         self.noise = scheduler(DDPMScheduler, config)
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.01)
 
@@ -99,7 +125,8 @@ class TrainStep:
         target = noise
         if self.noise.config.prediction_type == "v_prediction":
             target = self.noise.get_velocity(latents, noise, timesteps)
-        prediction = self.unet(noisy_latents, timesteps, text_embeddings, return_dict=False)[0]
+        with self.variant.autocast():
+            prediction = self.unet(noisy_latents, timesteps, text_embeddings, return_dict=False)[0]
         loss = nn.functional.mse_loss(prediction.float(), target.float(), reduction="mean")
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -108,28 +135,28 @@ class TrainStep:
         return loss.item()
 
 
-def given(config: ModelConfig, work: Work, *names: str) -> list[torch.Tensor]:
+def given(config: ModelConfig, work: Work, variant: Variant, *names: str) -> list[torch.Tensor]:
     """Return the named inputs. Integers are int64, as PyTorch's embeddings need them."""
-    inputs = draw_inputs(config, work)
-    integers = ("timesteps", "tokens")
-    return [torch.from_numpy(inputs[name].astype(np.int64 if name in integers else np.float32)) for name in names]
+    inputs = {name: torch.from_numpy(array) for name, array in draw_inputs(config, work).items()}
+    return [inputs[name].to(torch.int64 if name in ("timesteps", "tokens") else variant.dtype) for name in names]
 
 
-def unet(work: Work, config: ModelConfig) -> Callable:
-    net, inputs = frozen(reference_unet(config)), given(config, work, "latents", "timesteps", "text_embeddings")
+def unet(work: Work, config: ModelConfig, variant: Variant) -> Callable:
+    net = variant.compile(variant.frozen(reference_unet(config)))
+    inputs = given(config, work, variant, "latents", "timesteps", "text_embeddings")
     return torch.no_grad()(lambda: net(*inputs).sample)
 
 
-def lora(work: Work, config: ModelConfig, full: bool = False) -> Callable:
-    step = TrainStep(config, full)
-    inputs = given(config, work, "latents", "noise", "timesteps", "text_embeddings")
+def lora(work: Work, config: ModelConfig, variant: Variant, full: bool = False) -> Callable:
+    step = TrainStep(config, variant, full)
+    inputs = given(config, work, variant, "latents", "noise", "timesteps", "text_embeddings")
     return lambda: step(*inputs)
 
 
-def epoch(work: Work, config: ModelConfig) -> Callable:
+def epoch(work: Work, config: ModelConfig, variant: Variant) -> Callable:
     """Build the loop of train_text_to_image_lora.py, where every step encodes its images and captions."""
-    vae, encoder = frozen(reference_vae(config)), frozen(reference_text_encoder(config))
-    step, size = TrainStep(config, full=False), work.size * config.vae_factor
+    vae, encoder = variant.frozen(reference_vae(config)), variant.frozen(reference_text_encoder(config))
+    step, size = TrainStep(config, variant, full=False), work.size * config.vae_factor
 
     def image(path: Path) -> torch.Tensor:
         with Image.open(path) as image:
@@ -143,7 +170,7 @@ def epoch(work: Work, config: ModelConfig) -> Callable:
                 rows = list(csv.DictReader(file))
             tokens = torch.from_numpy(draw_tokens(len(rows))).long()
             for batch in torch.randperm(len(rows)).split(work.batch):
-                pixels = torch.stack([image(data / rows[i]["dir"]) for i in batch])
+                pixels = torch.stack([image(data / rows[i]["dir"]) for i in batch]).to(variant.dtype)
                 with torch.no_grad():
                     latents = vae.encode(pixels).latent_dist.sample() * config.scale_factor
                     text_embeddings = encoder(tokens[batch], return_dict=False)[0]
@@ -153,21 +180,21 @@ def epoch(work: Work, config: ModelConfig) -> Callable:
     return run
 
 
-def generate(work: Work, config: ModelConfig, ancestral: bool = False, chunks: int = 1) -> Callable:
+def generate(work: Work, config: ModelConfig, variant: Variant, ancestral: bool = False, chunks: int = 1) -> Callable:
     from diffusers import StableDiffusionPipeline  # imports much that the other workloads do not need
 
     size = work.size * config.vae_factor
     scheduler_class = EulerAncestralDiscreteScheduler if ancestral else DPMSolverMultistepScheduler
-    pipeline = _pipeline(StableDiffusionPipeline, config, scheduler_class)
+    pipeline = _pipeline(StableDiffusionPipeline, config, variant, scheduler_class)
     return torch.no_grad()(lambda: pipeline(**_arguments(work, pipeline, chunks), height=size, width=size))
 
 
-def hires(work: Work, config: ModelConfig) -> Callable:
+def hires(work: Work, config: ModelConfig, variant: Variant) -> Callable:
     """Build the two passes from diffusers' parts, which has no pipeline of that kind."""
     from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
     size = work.size * config.vae_factor
-    first = _pipeline(StableDiffusionPipeline, config, DPMSolverMultistepScheduler)
+    first = _pipeline(StableDiffusionPipeline, config, variant, DPMSolverMultistepScheduler)
     second = StableDiffusionImg2ImgPipeline(**first.components, requires_safety_checker=False)
     second.set_progress_bar_config(disable=True)
 
@@ -181,7 +208,7 @@ def hires(work: Work, config: ModelConfig) -> Callable:
     return run
 
 
-def from_image(work: Work, config: ModelConfig, masked: bool = False) -> Callable:
+def from_image(work: Work, config: ModelConfig, variant: Variant, masked: bool = False) -> Callable:
     from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 
     images = draw_images(config, work)
@@ -189,16 +216,16 @@ def from_image(work: Work, config: ModelConfig, masked: bool = False) -> Callabl
     if masked:
         inputs.update(mask_image=draw_mask(config, work), height=images[0].height, width=images[0].width)
     pipeline_class = StableDiffusionInpaintPipeline if masked else StableDiffusionImg2ImgPipeline
-    pipeline = _pipeline(pipeline_class, config, DPMSolverMultistepScheduler)
+    pipeline = _pipeline(pipeline_class, config, variant, DPMSolverMultistepScheduler)
     return torch.no_grad()(lambda: pipeline(**_arguments(work, pipeline), **inputs))
 
 
-def _pipeline(pipeline_class: type, config: ModelConfig, scheduler_class: type) -> Any:
+def _pipeline(pipeline_class: type, config: ModelConfig, variant: Variant, scheduler_class: type) -> Any:
     pipeline = pipeline_class(
-        vae=frozen(reference_vae(config)),
-        text_encoder=frozen(reference_text_encoder(config)),
+        vae=variant.frozen(reference_vae(config)),
+        text_encoder=variant.frozen(reference_text_encoder(config)),
         tokenizer=None,
-        unet=frozen(reference_unet(config)),
+        unet=variant.compile(variant.frozen(reference_unet(config))),
         scheduler=scheduler(scheduler_class, config, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
@@ -224,21 +251,40 @@ def _arguments(work: Work, pipeline: Any, chunks: int = 1) -> dict[str, Any]:
     }
 
 
-def tiled(work: Work, config: ModelConfig) -> Callable:
-    net, (latents,) = frozen(reference_vae(config)), given(config, work, "latents")
+def tiled(work: Work, config: ModelConfig, variant: Variant) -> Callable:
+    net, (latents,) = variant.frozen(reference_vae(config)), given(config, work, variant, "latents")
     net.enable_tiling()
     net.tile_sample_min_size, net.tile_latent_min_size = works.TILE, works.TILE // config.vae_factor
-    return torch.no_grad()(lambda: net.decode(latents).sample)
+    decode = variant.compile(net.decode)
+    return torch.no_grad()(lambda: decode(latents).sample)
 
 
-def decode(work: Work, config: ModelConfig) -> Callable:
-    net, (latents,) = frozen(reference_vae(config)), given(config, work, "latents")
-    return torch.no_grad()(lambda: net.decode(latents).sample)
+def decode(work: Work, config: ModelConfig, variant: Variant) -> Callable:
+    net, (latents,) = variant.frozen(reference_vae(config)), given(config, work, variant, "latents")
+    decode = variant.compile(net.decode)
+    return torch.no_grad()(lambda: decode(latents).sample)
 
 
-def text(work: Work, config: ModelConfig) -> Callable:
-    net, (tokens,) = frozen(reference_text_encoder(config)), given(config, work, "tokens")
+def text(work: Work, config: ModelConfig, variant: Variant) -> Callable:
+    net = variant.compile(variant.frozen(reference_text_encoder(config)))
+    (tokens,) = given(config, work, variant, "tokens")
     return torch.no_grad()(lambda: net(tokens).last_hidden_state)
+
+
+def load(work: Work, config: ModelConfig, variant: Variant, folder: Path) -> Callable:
+    from diffusers import StableDiffusionPipeline
+
+    return lambda: StableDiffusionPipeline.from_pretrained(folder / MODEL, torch_dtype=variant.dtype)
+
+
+def script(work: Work, config: ModelConfig, variant: Variant, folder: Path, image: Path) -> None:
+    """Do what text_to_image.py does: load a model, generate one image and write it."""
+    pipeline = load(work, config, variant, folder)()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet = variant.compile(pipeline.unet)
+    generator = torch.Generator().manual_seed(works.SEED)
+    arguments = {"num_inference_steps": works.STEPS, "guidance_scale": works.SCALE, "generator": generator}
+    pipeline(PROMPT, **arguments).images[0].save(image)
 
 
 KINDS = {
@@ -246,17 +292,29 @@ KINDS = {
     "euler_a": partial(generate, ancestral=True),
     "long_prompts": partial(generate, chunks=works.LONG_PROMPT_CHUNKS), "hires": hires, "image_to_image": from_image,
     "inpainting": partial(from_image, masked=True), "tiled": tiled, "decode": decode, "text": text,
+    "load": load,
 }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--folder", type=Path, help="what run.py prepared, and where torch.compile keeps its code")
+    parser.add_argument("--image", type=Path, help="the PNG of a script")
     args = parser.parse_args()
+    if args.folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(args.folder / f"inductor-{args.precision}")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(works.SEED)
-    work = WORKS[args.work]
-    call = KINDS[work.kind](work, load_model_config(work.config))
+    work, variant = WORKS[args.work], Variant(PRECISIONS[args.precision], args.compile)
+    config = load_model_config(work.config)
+    if work.kind == "script":
+        script(work, config, variant, args.folder, args.image)
+        return
+    extra = {"folder": args.folder} if work.kind == "load" else {}
+    call = KINDS[work.kind](work, config, variant, **extra)
     turns.serve(
         call, {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}
     )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from typing import Any
+
+from tools.benchmark.peers import SIDES
 
 COLUMNS = (
     "work",
@@ -18,25 +22,90 @@ COLUMNS = (
     "first call, this project",
     "diffusers",
 )
+LONGEST_PROBLEM = 80  # characters of a failure in a cell. The JSON has all of it
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Return a paragraph about the machine and the method, and the table."""
-    machine, settings = result["machine"], result["settings"]
+    settings = result["settings"]
+    order = "one process after the other" if settings["apart"] else "the two processes in turns, the other one stopped"
     versions: dict[str, str] = {}
     for line in result["works"]:
         for side in ("ours", "peer"):
             versions.update(line[side].get("versions", {}))
-    order = "one process after the other" if settings["apart"] else "the two processes in turns, the other one stopped"
     head = (
-        f"{machine['cpu']}, {len(machine['cores'])} cores and threads, {machine['memory_gb']} GB; load before the run "
-        f"{machine['load']:.1f}. Python {machine['python']}, "
-        f"{', '.join(f'{name} {version}' for name, version in sorted(versions.items()))}; fp32. Medians of "
-        f"{settings['repeats']} x {settings['calls']} calls after the first, more for short workloads, {order}. "
+        f"{where(result['machine'], versions)}; fp32. {how(settings)}, {order}. "
         "Memory is the largest resident size of the process."
     )
-    table = [COLUMNS, ("---",) * len(COLUMNS), *map(row, result["works"])]
-    return head + "\n\n" + "".join("| " + " | ".join(cells) + " |\n" for cells in table)
+    return head + "\n\n" + grid([COLUMNS, *map(row, result["works"])])
+
+
+def markdown_columns(result: dict[str, Any]) -> str:
+    """Return the same for --peers: a column for each side, and a second table of the first calls."""
+    settings, sides = result["settings"], result["sides"]
+    turns = f"in turns of {settings['together']} processes at most, the others stopped"
+    order = "one process after the other" if settings["apart"] else turns
+    versions = dict(result["versions"])
+    for line in result["works"]:
+        for side in line["sides"].values():
+            versions.update(side.get("versions", {}))
+    head = (
+        f"{where(result['machine'], versions)}. {how(settings)}, {order}.\n\n"
+        "A cell holds the time and the largest resident size from the first call on (loading: the largest size of "
+        "memory that is no mapped file). In brackets are the ratios of this project to it, in the same precision where "
+        "that was measured: of the time, of the processor seconds, of the memory; of this project in bf16 to fp32."
+    )
+    titles = ("work", *(SIDES[side].title for side in sides))
+    rows = [
+        (line["title"], *(cell(line["sides"].get(side), line["memory_is"]) for side in sides))
+        for line in result["works"]
+    ]
+    first = [
+        (line["title"], *(seconds((line["sides"].get(side) or {}).get("first_seconds")) for side in sides))
+        for line in result["works"]
+    ]
+    return f"{head}\n\n{grid([titles, *rows])}\nThe first call, compiling included:\n\n{grid([titles, *first])}"
+
+
+def cell(side: dict[str, Any] | None, memory: str) -> str:
+    """Return the cell of a side in a row, empty where it has no such work."""
+    if side is None:
+        return ""
+    if "problem" in side:
+        if side["problem"].startswith("not measured"):
+            return "not measured"
+        return textwrap.shorten(side["problem"].replace("|", "/"), LONGEST_PROBLEM, placeholder=" ...")
+    time, size = (
+        ", ".join(ratio(side[name]) for name in names if name in side)
+        for names in (("time_ratio", "cpu_ratio"), ("memory_ratio",))
+    )
+    words = (seconds(side["seconds"]), f" ({time})" if time else "", ", ", gigabytes(side[memory]))
+    return "".join([*words, f" ({size})" if size else ""])
+
+
+def where(machine: dict[str, Any], versions: dict[str, str]) -> str:
+    """Return the processor, which of the extensions it has that decide how fast bf16 is, and all versions."""
+    extensions = machine.get("extensions", {})
+    have = [title for title, has in extensions.items() if has]
+    lack = [title for title, has in extensions.items() if not has]
+    words = [f"with {', '.join(have)}"] * bool(have) + [f"without {', '.join(lack)}"] * bool(lack)
+    numbers = f" ({machine['cpu_numbers']})" if "cpu_numbers" in machine else ""
+    return (
+        f"{' '.join([machine['cpu'] + numbers, *words])}, {len(machine['cores'])} cores and threads, "
+        f"{machine['memory_gb']} GB; load before the run {machine['load']:.1f}. Python {machine['python']}, "
+        f"{', '.join(f'{name} {version}' for name, version in sorted(versions.items()))}"
+    )
+
+
+def how(settings: dict[str, Any]) -> str:
+    """Return what was measured how often."""
+    return f"Medians of {settings['repeats']} x {settings['calls']} calls after the first, more for short workloads"
+
+
+def grid(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, whose first row is the heading."""
+    table = [rows[0], ("---",) * len(rows[0]), *rows[1:]]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in table)
 
 
 def row(line: dict[str, Any]) -> tuple[str, ...]:

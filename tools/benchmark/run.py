@@ -4,21 +4,21 @@
     python tools/benchmark/run.py unet_256 lora_nano     # some of them
     python tools/benchmark/run.py --list
     python tools/benchmark/run.py --memory_table         # LoRA and full fine-tuning at several sizes and batches
+    python tools/benchmark/run.py --peers all            # bf16, torch.compile, OpenVINO and stable-diffusion.cpp too
 
 Both sides run the same shapes with random weights, each in its own process. They take turns: one call each, while the
 other process is stopped. The table compares the medians, without the first call, which compiles. Memory is a process's
 largest resident size (VmHWM). Results are written to OUTPUT.json and OUTPUT.md.
+
+--peers chooses other sides, a column each. They take turns in groups of --together, with this project in each, because
+stopped processes keep their memory. OpenVINO and stable-diffusion.cpp need an environment of their own (make peers).
 """
 
 from __future__ import annotations
 
 import os
-import platform
-import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,16 @@ from ldm.files.inputs import is_file  # noqa: E402
 from ldm.files.outputs import claim_file  # noqa: E402
 from ldm.settings.declare import setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
-from tools.benchmark.report import markdown  # noqa: E402
-from tools.benchmark.worker import Measurement, confine, environment, take_turns  # noqa: E402
-from tools.benchmark.works import MEMORY_TABLE, TABLE, WORKS, Work  # noqa: E402
+from tools.benchmark.columns import measure_columns  # noqa: E402
+from tools.benchmark.peers import ALL, OURS, PEERS, Pythons  # noqa: E402
+from tools.benchmark.processor import machine  # noqa: E402
+from tools.benchmark.report import markdown, markdown_columns  # noqa: E402
+from tools.benchmark.scripts import SCRATCH, measure_scripts  # noqa: E402
+from tools.benchmark.summary import Found, summarise, summarise_columns  # noqa: E402
+from tools.benchmark.worker import take_turns  # noqa: E402
+from tools.benchmark.works import MEMORY_TABLE, PEERS_TABLE, TABLE, WORKS, Work  # noqa: E402
 
-SCRATCH = Path(tempfile.gettempdir()) / "benchmark"
+ONE_CALL = ("epoch", "first_step", "load")  # kinds
 
 
 @dataclass
@@ -65,6 +70,11 @@ class Settings:
     apart: bool = setting(False, "run one process after the other instead of in turns, if memory does not hold both")
     memory_limit: float = setting(20.0, "end a process that exceeds this many GB", low=0.1)
     reference_python: Path = setting(ROOT / ".venv-parity" / "bin" / "python", "a Python with diffusers", path=True)
+    peers: list[str] = setting([], "the columns beside this project in fp32, or all of them", choices=(*PEERS, ALL))
+    together: int = setting(3, "processes that take turns with --peers; those that wait keep their memory", low=2)
+    peers_python: Path = setting(
+        ROOT / ".venv-peers" / "bin" / "python", "a Python with OpenVINO and stable-diffusion.cpp", path=True
+    )
     output: Path = setting(ROOT / "output" / "benchmark", "path of the results, without a suffix", path=True)
 
 
@@ -78,93 +88,44 @@ def commands(work: Work, args: Settings) -> dict[str, list[str]]:
     return {"ours": ours, "peer": [*ours, "--kind", work.peer]}
 
 
-def measure(work: Work, args: Settings) -> dict[str, Measurement | str]:
+def measure(work: Work, args: Settings) -> Found:
     """Return {side: its measurement, or the reason why there is none}."""
 
-    def turns(sides: dict[str, list[str]], calls: int) -> dict[str, Measurement | str]:
+    def turns(sides: dict[str, list[str]], calls: int) -> Found:
         return take_turns(sides, calls, args.cores, args.memory_limit)
 
     if work.kind == "script":
-        return {"ours": measure_script(args)}
+        return measure_scripts({"ours": script}, args.calls, args.cores)
     sides = commands(work, args)
     if work.kind == "first_step_cached":  # the first process fills the cache, the second one is measured
         with temporary_folder(SCRATCH) as folder:
-            sides["ours"] += ["--graphs", str(folder)]
+            sides["ours"] += ["--folder", str(folder)]
             filled = turns(sides, 1)
             return filled if isinstance(filled["ours"], str) else turns(sides, 1)
-    calls = 1 if work.kind in ("epoch", "first_step") else args.calls + work.calls + 1
+    calls = calls_of(work, args) + 1
     if not args.apart:
         return turns(sides, calls)
     return {name: turns({name: command}, calls)[name] for name, command in sides.items()}
 
 
-def measure_script(args: Settings) -> Measurement | str:
-    """Measure text_to_image.py from the start of the process to its end. The PNG is written last."""
-    command = [sys.executable, "text_to_image.py", "--version", "nano", "--prompt", "a cat", "--output_path"]
-    seconds, cpu_seconds, peak = [], [], 0.0
-    for _ in range(args.calls + 1):
-        with temporary_folder(SCRATCH) as folder:
-            begin = time.perf_counter()
-            process = subprocess.Popen(
-                [*command, str(folder)],
-                cwd=ROOT,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=environment(args.cores),
-                preexec_fn=confine(args.cores),
-            )
-            _, status, usage = os.wait4(process.pid, 0)
-            seconds.append(time.perf_counter() - begin)
-            if status or not list(folder.rglob("*.png")):
-                return f"failed: text_to_image.py ended with {os.waitstatus_to_exitcode(status)} and wrote no PNG"
-        cpu_seconds.append(usage.ru_utime + usage.ru_stime)
-        peak = max(peak, usage.ru_maxrss / 2**20)
-    return Measurement(seconds[0], seconds[1:], cpu_seconds[1:], peak)
+def script(folder: Path) -> list[str]:
+    """Return the command that makes an image with the nano model."""
+    nano = ["--version", "nano", "--prompt", "a cat", "--precision", "fp32"]
+    return [sys.executable, "text_to_image.py", *nano, "--output_path", str(folder)]
 
 
-def summarise(work: Work, repeats: list[dict[str, Measurement | str]]) -> dict[str, Any]:
-    """Return the medians and ratios of a workload over all repeats, for the JSON and the table."""
-    line: dict[str, Any] = {name: getattr(work, name) for name in ("name", "title", "time", "memory")}
-    line["peer_is"] = work.peer
-    for name in ("ours", "peer"):
-        found = [measured[name] for measured in repeats if name in measured]
-        failed = [reason for reason in found if isinstance(reason, str)]
-        if failed or not found:
-            line[name] = {"problem": failed[0] if failed else "none" if work.peer == "none" else "not measured"}
-            continue
-        runs = [run for run in found if isinstance(run, Measurement)]
-        once = not runs[0].seconds  # an epoch or a first step has a single call
-        line[name] = {
-            "seconds": statistics.median(s for run in runs for s in ([run.first] if once else run.seconds)),
-            "cpu_seconds": None if once else statistics.median(s for run in runs for s in run.cpu_seconds),
-            "first_seconds": statistics.median(run.first for run in runs),
-            "build_seconds": statistics.median(run.build_seconds for run in runs),
-            "memory_gb": statistics.median(run.memory_gb for run in runs),
-            "all_seconds": [[run.first, *run.seconds] for run in runs],
-            "versions": runs[0].versions,
-        }
-    ours, peer = line["ours"], line["peer"]
-    if "problem" not in ours and "problem" not in peer:
-        line["time_ratio"] = ours["seconds"] / peer["seconds"]
-        line["memory_ratio"] = ours["memory_gb"] / peer["memory_gb"]
-        if ours["cpu_seconds"] and peer["cpu_seconds"]:
-            line["cpu_ratio"] = ours["cpu_seconds"] / peer["cpu_seconds"]
-    return line
+def calls_of(work: Work, args: Settings) -> int:
+    """Return the number of calls after the first."""
+    return 0 if work.kind in ONE_CALL else args.calls + work.calls
 
 
-def machine(args: Settings) -> dict[str, Any]:
-    """Return the description of the machine for the JSON and the table."""
-    with open("/proc/cpuinfo") as file:
-        model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return {
-        "cpu": model,
-        "cores": sorted(args.cores),
-        "memory_gb": round(memory),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "load": os.getloadavg()[0],
-    }
+def measure_sides(work: Work, args: Settings, pythons: Pythons) -> list[Found]:
+    """Return {side: its measurement, or the reason why there is none} for each group of --peers that took turns."""
+    if work.kind == "first_step_cached":  # this project's alone
+        return [{OURS: measure(work, args)["ours"]}]
+    calls = args.calls if work.kind == "script" else calls_of(work, args)
+    together = 1 if args.apart else args.together
+    return measure_columns(work, args.peers, pythons, calls, args.cores, args.memory_limit, together)
 
 
 def reference_python(path: Path) -> Path | None:
@@ -186,7 +147,8 @@ def chosen_works(args: Settings) -> list[Work]:
     for name in args.works:
         if name not in WORKS:
             raise UserError(f"there is no workload '{plain(name)}': --list names them")
-    return [WORKS[name] for name in args.works] or list((MEMORY_TABLE if args.memory_table else TABLE).values())
+    table = MEMORY_TABLE if args.memory_table else PEERS_TABLE if args.peers else TABLE
+    return [WORKS[name] for name in args.works] or list(table.values())
 
 
 def parse(argv: list[str] | None = None) -> Settings:
@@ -194,6 +156,9 @@ def parse(argv: list[str] | None = None) -> Settings:
     args = read_settings(Settings, argv, description=__doc__)
     if not args.output.name:
         raise UserError(f"--output {args.output} is a folder: give the name of a file in it")
+    if args.peers:
+        chosen = PEERS if ALL in args.peers else args.peers
+        args.peers = [OURS, *(name for name in PEERS if name in chosen)]
     args.cores = sorted(set(args.cores))
     if not set(args.cores) <= os.sched_getaffinity(0):
         raise UserError(f"--cores {args.cores}: give some of {sorted(os.sched_getaffinity(0))}")
@@ -214,22 +179,39 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure_all(works: list[Work], args: Settings, numbers: Path, table: Path) -> None:
     """Measure the workloads in turn, and write the results after each."""
-    args.reference_python = reference_python(args.reference_python)
-    result = {
-        "machine": machine(args),
+    result: dict[str, Any] = {
+        "machine": machine(args.cores),
         "settings": {"repeats": args.repeats, "calls": args.calls, "apart": args.apart},
         "works": [],
     }
+    if args.peers:
+        paths = {"reference_python": args.reference_python, "peers_python": args.peers_python}
+        pythons = Pythons({**paths, None: Path(sys.executable)})
+        result["sides"] = args.peers
+        result["settings"]["together"] = args.together
+        result["versions"] = {}
+        for side in args.peers:
+            if reason := pythons.missing(side):
+                print(f"{side}: {reason}", file=sys.stderr)
+            else:
+                result["versions"].update(pythons.packages(side))
+    else:
+        args.reference_python = reference_python(args.reference_python)
+    text = markdown_columns if args.peers else markdown
     describe_progress(lambda: f"after {len(result['works'])} of {len(works)} workloads, whose results are in {table}")
     with tqdm(works, unit="workload") as bar:
         for work in bar:
             bar.set_postfix_str(work.name)
-            result["works"].append(summarise(work, [measure(work, args) for _ in range(args.repeats)]))
+            if args.peers:
+                line = summarise_columns(work, [measure_sides(work, args, pythons) for _ in range(args.repeats)])
+            else:
+                line = summarise(work, [measure(work, args) for _ in range(args.repeats)])
+            result["works"].append(line)
             with atomic_path(numbers) as path:
                 path.write_text(json_text(result, indent=1) + "\n", encoding="utf-8")
             with atomic_path(table) as path:
-                path.write_text(markdown(result), encoding="utf-8")
-    print(markdown(result))
+                path.write_text(text(result), encoding="utf-8")
+    print(text(result))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ imports the standard library only.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -24,11 +25,19 @@ from tools.benchmark.works import ROOT
 
 WATCH_SECONDS = 0.1
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+FORGET_PEAK = "5"  # proc(5): written to clear_refs, it sets VmHWM to the present size
 
 
 @dataclass
 class Measurement:
-    """The measurements of a process: seconds of its first call and of the others, and its peak memory."""
+    """The measurements of a process: seconds of its first call and of the others, and its peak memory.
+
+    Attributes:
+        memory_gb: Largest resident size.
+        calls_gb: The same from the end of building on, without what building alone held, such as weights before they
+            were rounded to bf16 or converted to another library's form.
+        own_gb: Largest size of memory that is no mapped file, from the end of building on, of samples.
+    """
 
     first: float
     seconds: list[float]
@@ -36,6 +45,8 @@ class Measurement:
     memory_gb: float
     build_seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
+    calls_gb: float = 0.0
+    own_gb: float = 0.0
 
 
 class WorkerFailed(Exception):
@@ -94,6 +105,7 @@ class Worker:
             preexec_fn=confine(cores),
         )
         self.over_limit, self.limit_gb = False, limit_gb
+        self.own_gb = 0.0
         self.calls: list[dict[str, float]] = []
         threading.Thread(target=self._watch, daemon=True).start()
         try:
@@ -101,6 +113,9 @@ class Worker:
         except BaseException:
             self.kill()
             raise
+        self.build_gb, self.own_gb = self._status("VmHWM"), 0.0
+        with open(f"/proc/{self.process.pid}/clear_refs", "w") as file:
+            file.write(FORGET_PEAK)
         self._signal(signal.SIGSTOP)
 
     def call(self) -> None:
@@ -112,10 +127,13 @@ class Worker:
         self._signal(signal.SIGSTOP)
 
     def end(self) -> Measurement:
-        peak = self._status("VmHWM")
+        calls_gb, own_gb = self._status("VmHWM"), max(self.own_gb, self._status("RssAnon"))
         self.kill()
         seconds, cpu_seconds = ([call[name] for call in self.calls] for name in ("seconds", "cpu_seconds"))
-        return Measurement(seconds[0], seconds[1:], cpu_seconds[1:], peak, **self.ready)
+        peak = max(self.build_gb, calls_gb)
+        return Measurement(
+            seconds[0], seconds[1:], cpu_seconds[1:], peak, calls_gb=calls_gb, own_gb=own_gb, **self.ready
+        )
 
     def kill(self) -> None:
         self.process.kill()
@@ -146,6 +164,7 @@ class Worker:
         while self.process.poll() is None:
             try:
                 self.over_limit = self._status("VmRSS") > self.limit_gb
+                self.own_gb = max(self.own_gb, self._status("RssAnon"))
             except OSError:
                 return
             if self.over_limit:
@@ -180,6 +199,8 @@ class Turns:
 
     def serve(self, call: Callable[[], Any], versions: dict[str, str]) -> None:
         """Perform the requested calls. `call` must return when its work is done, not when it is queued."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # gives back to the system what building has freed
         self._answer(build_seconds=time.perf_counter() - self.begin, versions=versions)
         for _ in sys.stdin:
             wall, cpu = time.perf_counter(), _cpu_seconds()

@@ -92,4 +92,11 @@ MEMORY_TABLE = _named(
         for batch in PUBLISHED_BATCHES
     )
 )
-WORKS = {**TABLE, **MEMORY_TABLE}
+# The rows of run.py --peers. Scripts and loading read a folder with random weights.
+PEERS_TABLE = _named(
+    *(TABLE[name] for name in ("unet_512", "unet_256", "lora_512", "lora_256", "epoch_256")),
+    Work("script_512", "SD1.5 generation, 512 px, 20 steps, batch 1, process start to PNG", "script", SD1, 1, 64),
+    *(TABLE[name] for name in ("lora_nano", "generate_nano", "decode_512")),
+    Work("load", "loading SD1.5 from a folder in fp32", "load", SD1, 1, 64),
+)
+WORKS = {**TABLE, **PEERS_TABLE, **MEMORY_TABLE}
