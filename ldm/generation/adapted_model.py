@@ -31,7 +31,12 @@ logger = logging.getLogger(__name__)
 class AdaptedModel:
     """The networks of a pipeline, the LoRAs that are merged into them, and the tokens that prompts may name.
 
-    The arguments are those of Pipeline, which generates images with it.
+    Args:
+        model: The networks. UNet and text encoder compute in the type that they are set to, the VAE should be in fp32.
+        tokenizer: Replaces the tokenizer that the model's configuration describes.
+        base_weights: The files that the model was loaded from: the weights of the base model are read from them when a
+            LoRA is exchanged or unloaded. None keeps a copy of each weight while a LoRA is merged into it. Its weights
+            of that moment are then the base model.
     """
 
     def __init__(

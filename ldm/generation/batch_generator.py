@@ -53,7 +53,7 @@ class ImageBatch:
 class BatchGenerator(AdaptedModel):
     """Generates the images of requests, batch after batch, with the LoRAs that each batch asks for.
 
-    Each network is compiled once for each shape and batch size. The arguments are those of Pipeline.
+    Each network is compiled once for each shape and batch size. The arguments are those of AdaptedModel.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class BatchGenerator(AdaptedModel):
         hires, enlarged = batch.origin.hires, ""
         if hires is not None:
             larger = hires.second_pass(batch.sampling, self.config)
-            enlarged = f" with hires_scale {hires.scale:g} ({larger.height} x {larger.width} pixels)"
+            enlarged = f" with hires_scale {hires.scale:g} (H {larger.height}, W {larger.width})"
         return batch.sampling.out_of_memory_message(self.config, enlarged)
 
     def _generate_batch(

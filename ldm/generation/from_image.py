@@ -30,7 +30,7 @@ from ldm.settings.versions import VERSIONS
 OWN = ("prompt", "seed", "settings", "checkpoint_sha256")  # the text fields by which this project's images are known
 MAX_JSON = 100_000  # characters of a text field with JSON
 MAX_LORAS = 100
-UNKNOWN_SIDE = 768  # pixels of an image whose text names no size: the largest of the published models
+UNKNOWN_SIDE = 512  # pixels of an image whose text names no size: SD 1.x's, with 768 the memory is in bounds too
 
 _NEVER_FROM_FILES = (
     "prompt", "negative_prompt", "n_iter", "n_samples", "grid_x", "grid_y", "first_index", "full_batches", "mode",
@@ -205,9 +205,9 @@ def _check_size(recipe: Recipe, given: Mapping[str, Any]) -> None:
     ]
     if flags and width * height > CALL_PIXELS:
         raise UserError(
-            f"from_image {plain(recipe.path)} names a size of {width} x {height} pixels, and more than {CALL_PIXELS:,} "
-            f"are not taken from an image, because they may need more memory than there is: add {' '.join(flags)} to "
-            "make it so, or smaller numbers"
+            f"from_image {plain(recipe.path)} asks for an image of about {width} x {height} pixels, and more than "
+            f"{CALL_PIXELS:,} are not taken from an image, because they may need more memory than there is: add "
+            f"{' '.join(flags)} to make it so, or smaller numbers"
         )
 
 

@@ -52,12 +52,7 @@ class Pipeline(BatchGenerator):
     Learned tokens (textual inversion) are rows beside the text encoder's table of tokens: those of load_embedding, and
     those that the merged LoRAs bring.
 
-    Args:
-        model: The networks. UNet and text encoder compute in the type that they are set to, the VAE should be in fp32.
-        tokenizer: Replaces the tokenizer that the model's configuration describes.
-        base_weights: The files that the model was loaded from: the weights of the base model are read from them when a
-            LoRA is exchanged or unloaded. None keeps a copy of each weight while a LoRA is merged into it. Its weights
-            of that moment are then the base model.
+    The arguments are those of ldm.generation.adapted_model.AdaptedModel.
     """
 
     @classmethod

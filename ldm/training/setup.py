@@ -135,9 +135,8 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     sample_prompts = read_sample_prompts(settings, config, settings.zero_terminal_snr)
     base_weights = BaseWeights(base_model(settings), ema=settings.pretrained_model_ema)
     listing = read_listing(settings)
-    load_base = cache(
-        lambda: _load_base_model(settings, config, runtime)
-    )  # loaded early if it has to draw class images
+    # Loaded early if it has to draw class images.
+    load_base = cache(lambda: _load_base_model(settings, config, runtime))
     listing = add_class_images(listing, settings, config, runtime, load_base, flash_attention, status)
     data, held_out = prepare_data(listing, settings, config, output / "cache" / "images.json")
     settings.check_held_out(held_out is not None)

@@ -125,8 +125,8 @@ def test_the_work_grows_with_the_number_of_data_sets_alone():
     def rows(count):
         return listing(*((120, make(dataset=number)) for number in range(count) for make in (instance, of_class)))
 
-    assert len(plan_prior(rows(500)).lines) == 500
-    assert_linear(plan_prior, rows, 500)
+    assert len(plan_prior(rows(2000)).lines) == 2000
+    assert_linear(plan_prior, rows, 2000)
 
 
 def test_the_instance_prompt_replaces_every_caption_but_those_of_class_images(caplog):

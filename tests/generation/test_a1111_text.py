@@ -182,24 +182,24 @@ def lines_of(text):
     return lines, [number for number, line in enumerate(lines) if re.match("Steps: 20(,|$)", line.strip())]
 
 
+def is_line_of_values(values):
+    """Whether these values, written, are read as values: they begin with the steps, or are three and more."""
+    first = next(iter(values), "Steps")
+    return first != "Negative prompt" and (first == "Steps" or len(values) >= 3) and values.get("Steps", "20").isdigit()
+
+
+def ends_like_values(found):
+    """Whether a prompt without values ends in a line that would be read as some."""
+    return f"{found.prompt}\n{found.negative_prompt}".strip().split("\n")[-1].count(":") > 2
+
+
 def test_random_texts_are_read_as_they_were_written():
     counts = collections.Counter()
     for text in random_texts(1):
         found = parse(text)
         values = {key: value for key, value in found.values.items() if value}
-        first, last_line = (
-            next(iter(values), "Steps"),
-            f"{found.prompt}\n{found.negative_prompt}".strip().split("\n")[-1],
-        )
-        if (
-            first == "Negative prompt"
-            or first != "Steps"
-            and len(values) < 3
-            or not values.get("Steps", "20").isdigit()
-        ):
-            continue  # the line that is written would not be one of values
-        if not values and last_line.count(":") > 2:
-            continue  # and this one would be
+        if not is_line_of_values(values) or (not values and ends_like_values(found)):
+            continue  # no text has these values, or none
         counts["values" if values else "prompts"] += 1
         assert parse(write(found.prompt, found.negative_prompt, values)) == replace(found, values=values, rest="")
     assert min(counts["values"], counts["prompts"]) > RANDOM_TEXTS / 4

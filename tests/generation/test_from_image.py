@@ -171,16 +171,18 @@ def test_an_image_asks_for_no_larger_size_than_a_default_call_takes(tmp_path, ch
     if flags is None:
         complete_from_image(given)
         return
-    with pytest.raises(UserError, match=f"a.png names a size of .* pixels, and more than 2,097,152.*: add {flags} to"):
+    with pytest.raises(
+        UserError, match=f"a.png asks for an image of about .* pixels, and more than 2,097,152.*: add {flags} to"
+    ):
         complete_from_image(given)
 
 
 def test_the_size_of_a_foreign_image_is_bounded_as_that_of_an_own_one(tmp_path):
     text = "a\nSteps: 20, Sampler: Euler, Size: 8192x8192"
-    with pytest.raises(UserError, match="names a size of 8192 x 8192 pixels.*--W 8192 --H 8192"):
+    with pytest.raises(UserError, match="asks for an image of about 8192 x 8192 pixels.*--W 8192 --H 8192"):
         complete_from_image({"from_image": image(tmp_path, {"parameters": text})})
     text = "a\nSteps: 20, Size: 512x512, Denoising strength: 0.5, Hires upscale: 8, Hires upscaler: Latent"
-    with pytest.raises(UserError, match="names a size of 4096 x 4096 pixels.*--hires_scale 8.0"):
+    with pytest.raises(UserError, match="asks for an image of about 4096 x 4096 pixels.*--hires_scale 8.0"):
         complete_from_image({"from_image": image(tmp_path, {"parameters": text})})
 
 

@@ -273,7 +273,7 @@ def test_numpys_failed_allocation_is_named_and_other_errors_pass(tiny_config):
     pipeline.text_encoder = failing(MemoryError("Unable to allocate 9 TiB"))
     with pytest.raises(UserError, match="batch_size 2, H 32, W 32: lower"):
         generate(pipeline)
-    with pytest.raises(UserError, match=r"batch_size 2, H 32, W 32 with hires_scale 2 \(64 x 64 pixels\): lower"):
+    with pytest.raises(UserError, match=r"batch_size 2, H 32, W 32 with hires_scale 2 \(H 64, W 64\): lower"):
         generate(pipeline, origins=[Origin(hires=HiresFix(2.0))] * len(PROMPTS))
     pipeline.text_encoder = failing(RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):

@@ -454,6 +454,16 @@ class TestChoosing:
         with pytest.raises(UserError, match="no workload 'textt'.*--list"):
             run.chosen_works(run.parse(["textt"]))
 
+    @pytest.mark.parametrize("name", ["script_512", "load"])
+    def test_works_of_several_columns_need_peers(self, name):
+        with pytest.raises(UserError, match=f"{name} .*--peers all"):
+            run.chosen_works(run.parse([name]))
+        assert [work.name for work in run.chosen_works(run.parse([name, "--peers", "all"]))] == [name]
+
+    def test_the_nano_script_is_of_this_project_alone(self):
+        with pytest.raises(UserError, match="script_nano.*leave out --peers"):
+            run.chosen_works(run.parse(["script_nano", "--peers", "all"]))
+
     @pytest.mark.parametrize(
         "argv",
         [

@@ -147,6 +147,10 @@ def chosen_works(args: Settings) -> list[Work]:
     for name in args.works:
         if name not in WORKS:
             raise UserError(f"there is no workload '{plain(name)}': --list names them")
+        if name in PEERS_TABLE and name not in TABLE and not args.peers:
+            raise UserError(f"{name} is a workload of several columns: add --peers, such as --peers all")
+        if name == "script_nano" and args.peers:
+            raise UserError("script_nano is of this project alone, whose nano model no peer reads: leave out --peers")
     table = MEMORY_TABLE if args.memory_table else PEERS_TABLE if args.peers else TABLE
     return [WORKS[name] for name in args.works] or list(table.values())
 

@@ -114,8 +114,12 @@ class Worker:
             self.kill()
             raise
         self.build_gb, self.own_gb = self._status("VmHWM"), 0.0
-        with open(f"/proc/{self.process.pid}/clear_refs", "w") as file:
-            file.write(FORGET_PEAK)
+        try:
+            with open(f"/proc/{self.process.pid}/clear_refs", "w") as file:
+                file.write(FORGET_PEAK)
+        except OSError as error:  # the process has ended, or the system forbids it
+            self.kill()
+            raise WorkerFailed(f"the peak of its memory cannot be reset: {error.strerror}") from None
         self._signal(signal.SIGSTOP)
 
     def call(self) -> None:
