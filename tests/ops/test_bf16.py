@@ -184,6 +184,17 @@ def test_attention_of_values_that_bf16_holds_is_fp32s(has_kernel):
     np.testing.assert_allclose(equal, np.repeat(v.mean(0, keepdims=True), 7, 0), atol=1e-6)
 
 
+@pytest.mark.parametrize("has_kernel", [KERNEL])
+def test_a_value_that_is_not_finite_is_not_hidden(has_kernel):
+    q, k, v = normal(3, 16), normal(20, 16, seed=1), normal(20, 16, seed=2)
+    q[1, 3] = np.nan
+    attention = Attention(cpu.MultiHeadAttention(2, False, True), 1)
+    out = attention(Tensor(q), Tensor(k), Tensor(v)).asnumpy()
+    assert np.isnan(out[1, :8]).all() and np.isfinite(np.delete(out, 1, 0)).all() and np.isfinite(out[1, 8:]).all()
+    y, _ = value_and_gradient(cpu.Bf16MatMul(True), q, normal(4, 16), normal(3, 4))
+    assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all()
+
+
 def test_causal_attention_stays_fp32():
     shared = operators.attention(2, 8, causal_length=5)
     assert operators.attention(2, 8, causal_length=5, bf16=True) is shared

@@ -10,9 +10,10 @@
 
 namespace {
 
-// exp(x) for x <= 0, to 2e-6 of it: bf16 holds 4e-3. Below -87 it is 1e-38.
+// exp(x) for x <= 0, to 2e-6 of it: bf16 holds 4e-3. Below -87 it is 1e-38. A NaN stays one: of two operands, the maximum is
+// the second if one is a NaN.
 __m512 exponential(__m512 x) {
-  x = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-87)), _mm512_set1_ps(float(M_LOG2E)));
+  x = _mm512_mul_ps(_mm512_max_ps(_mm512_set1_ps(-87), x), _mm512_set1_ps(float(M_LOG2E)));
   __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 t = _mm512_mul_ps(_mm512_sub_ps(x, whole), _mm512_set1_ps(float(M_LN2)));
   __m512 sum = _mm512_set1_ps(1 / 120.0f);  // Taylor's series: |t| <= ln(2) / 2
