@@ -69,7 +69,8 @@ struct WinogradBf16 : Winograd {
 
 int winograd_bf16(bool transposed, int count, float **p, int64_t **shapes, const char **types) {
   WinogradBf16 w(shapes[0], shapes[2][1]);
-  bool valid = count == 4 && has_bf16_weight(3, types) && shapes[1][transposed ? 0 : 1] == w.in;
+  bool valid = count == 4 && has_bf16_weight(3, types) && shapes[1][transposed ? 0 : 1] == w.in &&
+               shapes[1][2] == 3 && shapes[1][3] == 3;
   return w.convolve(valid, p[0], reinterpret_cast<const Bf16 *>(p[1]), transposed, reinterpret_cast<Pair *>(p[3]), p[2]);
 }
 
