@@ -19,6 +19,7 @@ from ldm.lora.updates import LoRALayer
 from ldm.models.layers import Conv2d, Linear
 from ldm.runtime.device import setup_runtime
 from ldm.settings.model import load_model_config
+from ldm.training.inputs import caches
 from ldm.training.trainer import run_steps, train
 from ldm.weights.arrays import to_bfloat16, widen
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
@@ -156,3 +157,18 @@ def test_a_training_of_the_base_model_beside_a_lora_is_refused(settings, tmp_pat
     with pytest.raises(UserError, match="trainable_model in lora_config trains them: use auto or fp32"):
         prepare(settings(tmp_path / "run", **given))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_key_of_cached_embeddings_says_whether_factors_are_rounded(monkeypatch):
+    """A folder may be continued on another processor."""
+    keys = {}
+    for dtype in (ms.float32, ms.bfloat16):
+        layer = Linear(2, 2)
+        layer.weight.set_data(ms.Tensor(np.ones((2, 2), np.float32)))
+        layer.bias.set_data(ms.Tensor(np.ones(2, np.float32)))
+        layer.weight.set_dtype(dtype)
+        for rounds in (False, True):
+            monkeypatch.setattr(caches, "multiplies_bf16", lambda rounds=rounds: rounds)
+            keys[dtype, rounds] = caches.network_hash(layer, "")
+    assert keys[ms.float32, False] == keys[ms.float32, True]
+    assert keys[ms.bfloat16, False] != keys[ms.bfloat16, True]

@@ -6,10 +6,12 @@ import hashlib
 import threading
 from collections.abc import Sequence
 
+import mindspore as ms
 import numpy as np
 from mindspore import nn
 
 from ldm.data.shards import ShardedCache
+from ldm.ops import multiplies_bf16
 
 RECENT_BYTES = 128 << 20  # of arrays that were read last
 
@@ -17,7 +19,10 @@ RECENT_BYTES = 128 << 20  # of arrays that were read last
 def network_hash(net: nn.Cell, description: object) -> str:
     """Return the sha256 of a network's parameters and of `description`, all that its output depends on."""
     digest = hashlib.sha256(repr(description).encode())
-    for parameter in net.get_parameters():
+    parameters = list(net.get_parameters())
+    if any(parameter.dtype == ms.bfloat16 for parameter in parameters):
+        digest.update(repr(multiplies_bf16()).encode())  # whether what it multiplies is rounded too
+    for parameter in parameters:
         digest.update(parameter.name.encode() + repr(parameter.shape).encode())
         digest.update(np.ascontiguousarray(parameter.asnumpy()).view(np.uint8).data)  # bf16 has no buffer
     return digest.hexdigest()
