@@ -173,7 +173,7 @@ def describe_runtime(runtime: Runtime, flash_attention: bool) -> str:
     """Return one line for the log: device, precision and what else depends on the device."""
     if not runtime.is_ascend:
         without = runtime.bf16 and not processor_multiplies_bf16()
-        slower = ", which this processor does not multiply: it saves memory, but no time" if without else ""
+        slower = ", which this processor does not multiply: it saves memory, but costs time" if without else ""
         return f"device: {runtime.device}, {runtime.precision}{slower}"
     return (
         f"device: Ascend {ms.get_context('device_id')}, {runtime.soc or 'of unknown name'}, {runtime.precision}, "

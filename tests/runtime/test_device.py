@@ -69,7 +69,7 @@ def test_bf16_is_of_the_cpu(monkeypatch):
     monkeypatch.setattr(device, "processor_multiplies_bf16", lambda: True)
     assert device.describe_runtime(runtime, False) == "device: CPU, bf16"
     monkeypatch.setattr(device, "processor_multiplies_bf16", lambda: False)
-    assert "this processor does not multiply: it saves memory, but no time" in device.describe_runtime(runtime, False)
+    assert "does not multiply: it saves memory, but costs time" in device.describe_runtime(runtime, False)
     fp32 = setup_runtime("CPU")
     assert (fp32.precision, fp32.bf16, fp32.with_compute_dtype(ms.bfloat16).precision) == ("fp32", False, "bf16")
     on_ascend = dataclasses.replace(fp32, device="Ascend")
