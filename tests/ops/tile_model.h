@@ -131,6 +131,7 @@ bool ask_for_tiles() {
 
 }  // namespace
 
+#ifndef TILES_ARE_TRAPPED
 #undef _tile_loadd
 #undef _tile_stream_loadd
 #undef _tile_stored
@@ -143,3 +144,4 @@ bool ask_for_tiles() {
 #define _tile_stream_loadd tile_model::load
 #define _tile_stored tile_model::store
 #define _tile_dpbf16ps tile_model::multiply
+#endif
