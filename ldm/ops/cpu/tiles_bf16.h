@@ -19,8 +19,8 @@ namespace {
 constexpr int64_t SIDE = 16;          // rows, pairs, and columns of sums
 constexpr int64_t CHUNK = 16 * SIDE;  // pairs that are summed over before the sums are written
 
-// What LDTILECFG reads. All tiles have the full size, and what is missing at an edge is filled up with zeros: configuring
-// takes longer than a small product, and sets the sums to 0.
+// What LDTILECFG reads. All tiles have the full size, at an edge too: configuring them takes longer than a small product, and
+// sets the sums to 0.
 struct alignas(64) TileConfiguration {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_of_a_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -152,8 +152,8 @@ void multiply_1x4_tiles(const Factors &factors, const Sums &sums, bool add) {
   for (int i = 0; i < tiles; i++) sums.from(0, i * SIDE).store(i);
 }
 
-// Copies 16 pairs of up to 16 rows, the first one `first`, to rows that are CHUNK apart, and fills up to 16 rows with zeros.
-// Pairs that are not in `wanted` become zero.
+// Copies 16 pairs of up to 16 rows, the first one `first`, to rows that are CHUNK apart. Pairs that are not in `wanted` become
+// zero. (The rows below may hold anything: their sums are not stored.)
 void gather_tile(const Rows &a, int64_t rows, int64_t first, __mmask16 wanted, Pair *to) {
   if (a.outers > 1 && a.inners == 1 && a.row == 1) {  // the transpose is in memory
     transpose_16x16(a.data + first * a.outer, a.outer, SIDE, rows, to, CHUNK);
@@ -172,7 +172,6 @@ void gather_tile(const Rows &a, int64_t rows, int64_t first, __mmask16 wanted, P
       }
     }
   }
-  for (int64_t row = rows; row < SIDE; row++) _mm512_storeu_si512(to + row * CHUNK, _mm512_setzero_si512());
 }
 
 // As multiply_by_vectors, for 16 pairs at least, in a thread with ConfiguredTiles. The sum of a column and row depends on
