@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "gemm_bf16.h"
 #include "operator.h"
+#include "product_bf16.h"
 #include "threads.h"
 
 namespace {
@@ -90,7 +91,7 @@ int attention_bf16(ARGUMENTS) {
   bool valid = all_float32(count, types) && h.fit();
   constexpr int64_t BLOCKS = 16;  // that share the packed keys and values
   int64_t chunks = (h.blocks + BLOCKS - 1) / BLOCKS;
-  return run(valid, h.images * h.heads * chunks, h.all(), [&](int64_t start, int64_t end) {
+  return run_products(valid, h.images * h.heads * chunks, h.all(), [&](int64_t start, int64_t end) {
     Scratch scratch(h.rows * (h.width + h.pairs + 1) + 2 * h.transposed_values() + h.panel_values());
     float *scores = scratch.data(), *inverse = scores + h.rows * h.width;
     auto *probabilities = reinterpret_cast<Pair *>(scores);  // of a row, in the place of its scores
@@ -123,7 +124,7 @@ int attention_bf16(ARGUMENTS) {
 int attention_bf16_dx(ARGUMENTS) {
   HeadsBf16 h(ranks, shapes, p[5]);
   bool valid = all_float32(count, types) && h.fit();
-  return run(valid, h.images * h.heads, h.all(), [&](int64_t start, int64_t end) {
+  return run_products(valid, h.images * h.heads, h.all(), [&](int64_t start, int64_t end) {
     int64_t c = h.channels, keys = h.keys, width = h.width, dim = h.dim, row_pairs = h.rows / 2;
     Scratch scratch(2 * h.rows * width + h.rows + h.rows * h.pairs + 3 * h.transposed_values() + h.panel_values() +
                     row_pairs * (h.panels * PANEL + width));

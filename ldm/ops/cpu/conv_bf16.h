@@ -5,6 +5,7 @@
 
 #include "gemm_bf16.h"
 #include "operator.h"
+#include "product_bf16.h"
 #include "threads.h"
 
 namespace {
@@ -28,7 +29,7 @@ struct ConvolutionBf16 {
     int64_t area = height * width, strips = (area + PIXELS - 1) / PIXELS;
     // If there are few pixels, the channels are divided among the threads too.
     int64_t parts = images * strips < 16 ? std::min<int64_t>(8, (out + 47) / 48) : 1;
-    return run(valid, images * strips * parts, images * area * in * out, [&](int64_t start, int64_t end) {
+    return run_products(valid, images * strips * parts, images * area * in * out, [&](int64_t start, int64_t end) {
       int64_t most_pairs = channels * taps / 2;
       Scratch scratch(PIXELS * most_pairs + 2 * taps * PANEL + (gradient ? channels / 2 * out * taps : 0));
       auto *panels = reinterpret_cast<Pair *>(scratch.data());

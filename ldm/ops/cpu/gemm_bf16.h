@@ -1,6 +1,7 @@
-// Matrix products of bf16 values with sums in fp32, by the instructions of AVX512-BF16.
+// Matrix products of bf16 values with sums in fp32, by the instructions of AVX512-BF16, and the packing of their factors.
 //
-// They multiply and add the values that are summed over in pairs, 32 bits each, the first one in the lower half.
+// They multiply and add the values that are summed over in pairs, 32 bits each, the first one in the lower half. So do the
+// tiles of tiles_bf16.h, for which factors are packed alike.
 #pragma once
 #include <immintrin.h>
 
@@ -64,7 +65,7 @@ void multiply_panel(int64_t m, const Rows &a, const Pair *b, float *c, int64_t l
 
 // c (m, n) = a b, or c += a b. b is in panels of PANEL columns, one after the other. The last one's rows have as many
 // columns too, of which whole vectors are read.
-void multiply(int64_t m, int64_t n, const Rows &a, const Pair *b, float *c, int64_t ldc, bool add) {
+void multiply_by_vectors(int64_t m, int64_t n, const Rows &a, const Pair *b, float *c, int64_t ldc, bool add) {
   for (int64_t column = 0; column < n; column += PANEL, b += PANEL * a.pairs(), c += PANEL) {
     int64_t columns = std::min(PANEL, n - column), vectors = (columns + 15) / 16;
     auto mask = __mmask16((1u << (columns - 16 * (vectors - 1))) - 1);
@@ -129,8 +130,8 @@ void pack_rows(const Value *rows, int64_t stride, int64_t n, int64_t k, Pair *pa
     }
 }
 
-// Transposes 16 rows of 16 pairs, to rows that are PANEL apart. Rows from `rows` on count as zeros.
-void transpose_16x16(const Pair *from, int64_t stride, int64_t rows, int64_t columns, Pair *to) {
+// Transposes 16 rows of 16 pairs, to rows that are `apart`. Rows from `rows` on count as zeros.
+void transpose_16x16(const Pair *from, int64_t stride, int64_t rows, int64_t columns, Pair *to, int64_t apart = PANEL) {
   __m512i r[16], t[16];
   for (int i = 0; i < 16; i++)
     r[i] = i < rows ? _mm512_maskz_loadu_epi32(lanes(columns), from + i * stride) : _mm512_setzero_si512();
@@ -152,7 +153,7 @@ void transpose_16x16(const Pair *from, int64_t stride, int64_t rows, int64_t col
     r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
     r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
   }
-  for (int i = 0; i < std::min<int64_t>(16, columns); i++) _mm512_storeu_si512(to + i * PANEL, r[i]);
+  for (int i = 0; i < std::min<int64_t>(16, columns); i++) _mm512_storeu_si512(to + i * apart, r[i]);
 }
 
 // Packs b whose transpose has n rows of `pairs` pairs, `stride` apart, to panels. The columns of the last panel are filled

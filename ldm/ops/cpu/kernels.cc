@@ -16,7 +16,11 @@
 constexpr int HAS_BF16 = 1;
 #else
 constexpr int HAS_BF16 = 0;
+bool uses_tiles() { return false; }
 #endif
 
 // Whether the kernels of bf16 are there: the processor multiplies bf16.
 extern "C" int has_bf16(void) { return HAS_BF16; }
+
+// What multiplies bf16: "amx", "avx512_bf16" or "".
+extern "C" const char *bf16_unit(void) { return uses_tiles() ? "amx" : HAS_BF16 ? "avx512_bf16" : ""; }

@@ -83,9 +83,24 @@ def kernel_library() -> Path | None:
 
 @cache
 def multiplies_bf16() -> bool:
-    """Whether the kernels multiply bf16 by instructions of this processor (AVX512-BF16)."""
+    """Whether the kernels multiply bf16 by instructions of this processor (AVX512-BF16 or AMX)."""
     library = kernel_library()
     return library is not None and bool(ctypes.CDLL(str(library)).has_bf16())
+
+
+@cache
+def bf16_unit() -> str | None:
+    """Return what multiplies bf16 in the kernels: "amx" (Intel's tiles), "avx512_bf16" (vectors), or None.
+
+    Tiles are used if the processor has them, Linux permits it, and a first product by them is exact, unless the
+    environment variable LDM_AMX is 0.
+    """
+    library = kernel_library()
+    if library is None:
+        return None
+    ask = ctypes.CDLL(str(library)).bf16_unit
+    ask.restype = ctypes.c_char_p
+    return ask().decode() or None
 
 
 def _compiled(compiler: list[str]) -> Path:

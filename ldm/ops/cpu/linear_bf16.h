@@ -5,6 +5,7 @@
 
 #include "gemm_bf16.h"
 #include "operator.h"
+#include "product_bf16.h"
 #include "threads.h"
 
 namespace {
@@ -17,7 +18,7 @@ int multiply_by_weight(bool valid, int64_t m, int64_t n, int64_t k, const float 
   // A few rows are not divided, so the columns are: into eight parts, but not below a panel.
   int64_t each = std::min<int64_t>(256, (n + 8 * PANEL - 1) / (8 * PANEL) * PANEL);
   int64_t row_parts = (m + ITEM_ROWS - 1) / ITEM_ROWS, column_parts = (n + each - 1) / each;
-  return run(valid, row_parts * column_parts, m * n * k, [&](int64_t start, int64_t end) {
+  return run_products(valid, row_parts * column_parts, m * n * k, [&](int64_t start, int64_t end) {
     Scratch scratch((each + BLOCK_ROWS) * BLOCK_PAIRS);
     auto *panels = reinterpret_cast<Pair *>(scratch.data()), *rows = panels + each * BLOCK_PAIRS;
     for (int64_t item = start; item < end; item++) {

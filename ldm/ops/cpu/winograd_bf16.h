@@ -5,6 +5,7 @@
 
 #include "gemm_bf16.h"
 #include "operator.h"
+#include "product_bf16.h"
 #include "threads.h"
 #include "winograd.h"
 
@@ -30,7 +31,7 @@ struct WinogradBf16 : Winograd {
     });
     if (failed) return failed;
     int64_t chunks = (tiles + CHUNK - 1) / CHUNK, parts = chunks < 16 ? std::min<int64_t>(4, out) : 1;
-    return run(true, chunks * parts, 16 * tiles * in, [&](int64_t start, int64_t end) {
+    return run_products(true, chunks * parts, 16 * tiles * in, [&](int64_t start, int64_t end) {
       Scratch scratch(16 * CHUNK * (pairs + M_CHANNELS + 2) + line_values());
       auto *v = reinterpret_cast<Pair *>(scratch.data());
       float *m = scratch.data() + 16 * CHUNK * pairs, *two = m + 16 * CHUNK * M_CHANNELS;
