@@ -29,7 +29,7 @@ from tools.benchmark.columns import measure_columns
 from tools.benchmark.model_folder import write_model
 from tools.benchmark.peers import PEERS, SIDES, Pythons, compared_with, groups, is_ours
 from tools.benchmark.processor import machine, processor
-from tools.benchmark.report import cell, markdown, markdown_columns
+from tools.benchmark.report import cell, how, markdown, markdown_columns
 from tools.benchmark.run import summarise
 from tools.benchmark.scripts import measure_scripts
 from tools.benchmark.summary import summarise_columns
@@ -454,6 +454,9 @@ class TestColumns:
         assert rows[3] == "| loading | 2.00 s, 2.50 GB |  |  |  | 2.00 s (1.00), 2.50 GB (1.00) |"
         assert rows[6] == "| a fake work | 9.00 s | 9.00 s | 9.00 s |  |  |"
         assert {row.count("|") for row in rows} == {7}
+
+    def test_the_first_call_is_named_where_it_counts(self):
+        assert how({"repeats": 1, "calls": 0}) == "Medians of 1 x the first call, of more for short workloads"
 
     def test_a_long_failure_is_shortened(self):
         assert cell({"problem": "failed: " + "a | b " * 50}, "calls_gb") == "failed: " + "a / b " * 11 + "a ..."

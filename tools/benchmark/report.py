@@ -114,6 +114,8 @@ def named(versions: Versions) -> str:
 
 def how(settings: dict[str, Any]) -> str:
     """Return what was measured how often."""
+    if not settings["calls"]:
+        return f"Medians of {settings['repeats']} x the first call, of more for short workloads"
     return f"Medians of {settings['repeats']} x {settings['calls']} calls after the first, more for short workloads"
 
 
