@@ -2,6 +2,7 @@
 # make test           run the tests, without PyTorch, and print the 20 slowest
 # make test-processes run the tests that start several processes at once, which `make test` leaves out
 # make test-parity    compare with PyTorch, diffusers and transformers, in a virtual environment of its own
+# make test-peers     run OpenVINO beside diffusers with a tiny model, in the environment that `make peers` makes
 # make test-versions  run a part of the tests with other versions of MindSpore, a virtual environment each
 # make test-aarch64   run the tests of the C++ kernels on an emulated aarch64; on Debian 12
 # make test-ascend    compile for Ascend without a device, compare the kernels with the recorded ones, look up operators
@@ -15,7 +16,7 @@ PYTHON ?=
 VERSIONS ?= 2.7.2 2.10.0
 export MAKECMDGOALS
 
-.PHONY: demo test test-processes test-parity test-versions test-aarch64 test-ascend peers lint format clean
+.PHONY: demo test test-processes test-parity test-peers test-versions test-aarch64 test-ascend peers lint format clean
 
 demo: .venv/ready
 	@.venv/bin/python -m tools.demo
@@ -29,6 +30,9 @@ test-processes: .venv/ready
 
 test-parity: .venv-parity/ready
 	@.venv-parity/bin/python -m pytest tests/parity
+
+test-peers: .venv-peers/ready
+	@.venv-peers/bin/python -m pytest tests/parity/test_benchmark.py
 
 test-versions: $(VERSIONS:%=.venv-%/ready)
 	@status=0; for version in $(VERSIONS); do \
@@ -71,7 +75,7 @@ format: .venv/ready
 .venv-parity/ready: requirements.txt requirements-dev.txt requirements-parity.txt
 	@tools/make_venv .venv-parity 11 requirements-parity.txt $(PYTHON)
 
-.venv-peers/ready: requirements-peers.txt
+.venv-peers/ready: requirements.txt requirements-dev.txt requirements-peers.txt
 	@tools/make_venv .venv-peers 11 requirements-peers.txt $(PYTHON)
 
 clean:

@@ -85,7 +85,7 @@ def test_a_script_writes_its_image(config, tmp_path, monkeypatch):
 class TestOpenVINO:
     @pytest.fixture
     def openvino(self):
-        pytest.importorskip("openvino", reason="OpenVINO is not installed: requirements-peers.txt")
+        pytest.importorskip("openvino", reason="OpenVINO is not installed here: `make test-peers` runs this")
         from tools.benchmark import openvino_worker
 
         return openvino_worker

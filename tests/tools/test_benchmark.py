@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
+import types
 
+import mindspore as ms
 import numpy as np
 import pytest
+from PIL import Image
 
 from ldm.data.dataset import read_image_text_csv
 from ldm.errors import UserError
@@ -24,7 +29,7 @@ from tools.benchmark.columns import measure_columns
 from tools.benchmark.model_folder import write_model
 from tools.benchmark.peers import PEERS, SIDES, Pythons, compared_with, groups, is_ours
 from tools.benchmark.processor import machine, processor
-from tools.benchmark.report import cell, markdown, markdown_columns
+from tools.benchmark.report import cell, how, markdown, markdown_columns
 from tools.benchmark.run import summarise
 from tools.benchmark.scripts import measure_scripts
 from tools.benchmark.summary import summarise_columns
@@ -97,7 +102,8 @@ class TestMeasuring:
             assert all(0.02 <= seconds < 5 for seconds in [side.first, *side.seconds])
             assert max(side.cpu_seconds) < 0.02, "sleeping is not computing"
             assert 0.005 < side.memory_gb < 1
-            assert side.versions == {"fake": "1.0"}
+            assert side.versions == {"Python": platform.python_version(), "fake": "1.0"}
+            assert side.first_cpu < 0.02
 
     def test_short_workloads_have_more_calls(self, arguments, commands):
         log = commands("a", "b")
@@ -188,6 +194,9 @@ class TestTheTable:
         line = summarise(WORK, [{"ours": side(first=3.0), "peer": side(first=6.0)}])
         assert line["time_ratio"] == 0.5
         assert "cpu_ratio" not in line
+        ours, peer = (dataclasses.replace(side(first=9.0), first_cpu=cpu) for cpu in (1.5, 6.0))
+        line = summarise(WORK, [{"ours": ours, "peer": peer}])
+        assert line["ours"]["cpu_seconds"] == 1.5 and line["cpu_ratio"] == 0.25
 
     def test_without_a_peer_there_is_no_ratio(self):
         line = summarise(WORK, [{"ours": side(1)}])
@@ -303,7 +312,9 @@ class TestSeveralPeers:
         found = measured(pythons, ["ours", "diffusers", "openvino"])
         assert found[0]["diffusers"] == f"not measured: no no_such in {sys.executable}"
         assert found[0]["openvino"] == f"not measured: no Python at {tmp_path / 'python'}"
-        assert pythons.packages("diffusers") == {"numpy": np.__version__, "no_such": None}
+        versions = {"Python": platform.python_version(), "numpy": np.__version__}
+        assert pythons.packages("diffusers") == {**versions, "no_such": None}
+        assert pythons.packages("ours") == {**versions, "mindspore": ms.__version__}
         assert isinstance(found[0]["ours"], Measurement) and log.read_text() == "oo"
 
     def test_what_cannot_be_prepared_is_quoted(self, fakes, monkeypatch):
@@ -335,9 +346,33 @@ class TestSeveralPeers:
             assert command[:2] == ["python", "text_to_image.py"]
             flags = dict(zip(command[2::2], command[3::2]))
             assert flags["--precision"] == precision and flags["--ckpt_path"] == str(ROOT / "model")
+            assert flags["--H"] == flags["--W"] == "32", "eight latents of the nano model's VAE"
         command = pythons.script("compile-bf16", WORK, ROOT, ROOT / "out")
         assert command[:6] == ["other", "-m", "tools.benchmark.reference", "fake", "--precision", "bf16"]
         assert command[6:] == ["--compile", "--folder", str(ROOT), "--image", str(ROOT / "out" / "image.png")]
+
+    @pytest.mark.parametrize("precision, wtype", [("fp32", "f32"), ("bf16", "bf16")])
+    def test_what_stable_diffusion_cpp_is_asked_for(self, monkeypatch, tmp_path, precision, wtype):
+        asked = {}
+
+        class StableDiffusion:
+            def __init__(self, **settings):
+                asked.update(settings)
+
+            def generate_image(self, **settings):
+                asked.update(settings)
+                return [Image.new("RGBA", (settings["width"], settings["height"]))]
+
+        fake_package = types.SimpleNamespace(StableDiffusion=StableDiffusion)
+        monkeypatch.setitem(sys.modules, "stable_diffusion_cpp", fake_package)
+        monkeypatch.delitem(sys.modules, "tools.benchmark.cpp_worker", raising=False)
+        worker = importlib.import_module("tools.benchmark.cpp_worker")
+        worker.script(dataclasses.replace(WORK, kind="script"), tmp_path, precision, tmp_path / "image.png")
+        with Image.open(tmp_path / "image.png") as image:
+            assert (image.mode, image.size) == ("RGB", (32, 32))
+        assert asked["wtype"] == wtype and asked["model_path"] == str(tmp_path / "model")
+        assert asked["n_threads"] == len(CORES)
+        assert (asked["cfg_scale"], asked["sample_method"], asked["sample_steps"]) == (7.5, "dpm++2m", 20)
 
     def test_the_model_that_all_sides_read(self, tiny_config, tmp_path):
         write_model(tmp_path / "model", tiny_config)
@@ -390,7 +425,12 @@ class TestColumns:
                         "load": 0.1, "python": "3.11"},
             "settings": {"repeats": 1, "calls": 5, "apart": False, "together": 3},
             "sides": sides,
-            "versions": {"openvino": "2"},
+            "versions": {
+                "ours": {"Python": "3.9"},
+                "diffusers": {"Python": "3.11", "torch": "3"},
+                "openvino-bf16": {"Python": "3.11", "torch": "4", "openvino": "2"},
+                "sd.cpp": {"Python": "3.11"},
+            },
             "works": [
                 summarise_columns(WORK, [[group]]),
                 summarise_columns(dataclasses.replace(WORK, title="loading", kind="load"), [loading]),
@@ -399,7 +439,8 @@ class TestColumns:
         text = markdown_columns(result)
         assert (
             "with AVX2, AVX-512 without AVX512-BF16, AMX-BF16, 1 cores" in text
-            and "numpy 1, openvino 2. Medians" in text
+            and "numpy 1, openvino 2, Python 3.9 (ours) and 3.11 (diffusers, openvino, sd.cpp)" in text
+            and "torch 3 (diffusers) and 4 (openvino). Medians" in text
         )
         rows = [line for line in text.splitlines() if line.startswith("|")]
         assert rows[0] == (
@@ -413,6 +454,9 @@ class TestColumns:
         assert rows[3] == "| loading | 2.00 s, 2.50 GB |  |  |  | 2.00 s (1.00), 2.50 GB (1.00) |"
         assert rows[6] == "| a fake work | 9.00 s | 9.00 s | 9.00 s |  |  |"
         assert {row.count("|") for row in rows} == {7}
+
+    def test_the_first_call_is_named_where_it_counts(self):
+        assert how({"repeats": 1, "calls": 0}) == "Medians of 1 x the first call, of more for short workloads"
 
     def test_a_long_failure_is_shortened(self):
         assert cell({"problem": "failed: " + "a | b " * 50}, "calls_gb") == "failed: " + "a / b " * 11 + "a ..."
@@ -471,7 +515,7 @@ class TestChoosing:
             ["--cores", "999"],
             ["--cores", ""],
             ["--repeats", "0"],
-            ["--calls", "0"],
+            ["--calls", "-1"],
             ["--memory_limit", "much"],
             ["--peers", "diffuser"],
             ["--together", "1"],

@@ -19,10 +19,12 @@ turns = Turns() if __name__ == "__main__" else None
 
 from stable_diffusion_cpp import StableDiffusion  # noqa: E402
 
+from ldm.settings.model import load_model_config  # noqa: E402
+from tools.benchmark import works  # noqa: E402
 from tools.benchmark.inputs import PROMPT  # noqa: E402
-from tools.benchmark.works import SCALE, SEED, STEPS, WORKS  # noqa: E402
+from tools.benchmark.works import WORKS, Work  # noqa: E402
 
-PACKAGE = "stable-diffusion-cpp-python"
+PACKAGE = "stable_diffusion_cpp"
 TYPES = {"fp32": "f32", "bf16": "bf16"}
 
 
@@ -37,11 +39,13 @@ def load(folder: Path, precision: str) -> Any:
     )
 
 
-def script(folder: Path, precision: str, path: Path) -> None:
+def script(work: Work, folder: Path, precision: str, path: Path) -> None:
     """Do what text_to_image.py does: load a model, generate one image and write it."""
+    side = work.size * load_model_config(work.config).vae_factor
     (image,) = load(folder, precision).generate_image(
-        prompt=PROMPT, width=512, height=512, cfg_scale=SCALE, sample_method="dpm++2m", sample_steps=STEPS, seed=SEED
-    )
+        prompt=PROMPT, width=side, height=side, cfg_scale=works.SCALE, sample_method="dpm++2m",
+        sample_steps=works.STEPS, seed=works.SEED,
+    )  # fmt: skip
     image.convert("RGB").save(path)
 
 
@@ -52,10 +56,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="what run.py prepared")
     parser.add_argument("--image", type=Path, help="the PNG of a script")
     args = parser.parse_args()
-    if WORKS[args.work].kind == "script":
-        script(args.folder, args.precision, args.image)
+    work = WORKS[args.work]
+    if work.kind == "script":
+        script(work, args.folder, args.precision, args.image)
     else:
-        turns.serve(lambda: load(args.folder, args.precision), {PACKAGE: version(PACKAGE)})
+        turns.serve(lambda: load(args.folder, args.precision), {PACKAGE: version(f"{PACKAGE}_python")})
 
 
 if __name__ == "__main__":

@@ -89,6 +89,9 @@ def compile_network(model: ov.Model | Path, precision: str) -> Network:
     """Return a function of arrays."""
     settings = {"INFERENCE_PRECISION_HINT": HINTS[precision], "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0))}
     compiled = ov.Core().compile_model(model, "CPU", settings)
+    computes = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if computes != HINTS[precision]:
+        sys.exit(f"OpenVINO computes in {computes}, not in {HINTS[precision]}")
     return lambda *inputs: compiled(inputs)[0]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm.settings.model import load_model_config
 from tools.benchmark.inputs import PROMPT
 from tools.benchmark.works import SCALE, STEPS, Work
 
@@ -30,7 +31,7 @@ class Peer:
         module: Its worker.
         options: Of the worker.
         kinds: The kinds of work that it has. Empty: this project's own, all of them.
-        packages: What its Python must have. Empty: this project's own.
+        packages: What its Python must have.
         environment: The setting that names its Python, None for this project's.
     """
 
@@ -38,7 +39,7 @@ class Peer:
     module: str
     options: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
-    packages: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ("mindspore", "numpy")
     environment: str | None = None
 
 
@@ -76,7 +77,7 @@ ALL = "all"
 
 def is_ours(side: str) -> bool:
     """Tell whether the side is this project."""
-    return not SIDES[side].packages
+    return SIDES[side].environment is None
 
 
 def compared_with(side: str, measured: Collection[str]) -> str | None:
@@ -102,13 +103,14 @@ def groups(sides: Sequence[str], together: int) -> list[list[str]]:
     return [[*ours, *others[i : i + room]] for i in range(0, len(others), room)]
 
 
-# Prints {package: version, or null where it is missing}. It imports none: importing torch takes seconds.
+# Prints {package: version, or null where it is missing} and Python's. It imports none: importing torch takes seconds.
 PROGRAM = """
-import json, sys
+import json, platform, sys
 from importlib import metadata
 from importlib.util import find_spec
 names = metadata.packages_distributions()
-print(json.dumps({n: metadata.version(names[n][0]) if find_spec(n) and n in names else None for n in sys.argv[1:]}))
+found = {n: metadata.version(names[n][0]) if find_spec(n) and n in names else None for n in sys.argv[1:]}
+print(json.dumps({"Python": platform.python_version(), **found}))
 """
 
 
@@ -124,7 +126,7 @@ class Pythons:
         self._found: dict[tuple[str | None, tuple[str, ...]], dict[str, str | None] | None] = {}
 
     def packages(self, side: str) -> dict[str, str | None] | None:
-        """Return the versions of what a side needs, None for those that are missing, or None without its Python."""
+        """Return the versions of Python and of what a side needs, None for what is missing, or None without Python."""
         peer = SIDES[side]
         key = (peer.environment, peer.packages)
         if key not in self._found:
@@ -149,16 +151,18 @@ class Pythons:
         if not is_ours(side):
             return self.worker(side, work, "--folder", str(folder), "--image", str(output / "image.png"))
         precision = "bf16" if side.endswith("-bf16") else "fp32"
-        settings = {"ckpt_path": folder / "model", "prompt": PROMPT, "sampling_steps": STEPS, "scale": SCALE}
+        pixels = work.size * load_model_config(work.config).vae_factor
+        settings = {
+            "ckpt_path": folder / "model", "prompt": PROMPT, "H": pixels, "W": pixels, "sampling_steps": STEPS,
+            "scale": SCALE,
+        }  # fmt: skip
         flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
         python = self.paths[None]
         return [str(python), "text_to_image.py", *flags, "--precision", precision, "--output_path", str(output)]
 
 
 def package_versions(python: str | Path, packages: Sequence[str]) -> dict[str, str | None] | None:
-    """Return {package: its version, or None where it is missing}, or None if the Python does not run."""
-    if not packages:
-        return {}
+    """Return {package: its version, or None where it is missing} and Python's, or None if the Python does not run."""
     if shutil.which(python) is None:
         return None
     found = subprocess.run([python, "-c", PROGRAM, *packages], capture_output=True, text=True)

@@ -283,8 +283,9 @@ def script(work: Work, config: ModelConfig, variant: Variant, folder: Path, imag
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet = variant.compile(pipeline.unet)
     generator = torch.Generator().manual_seed(works.SEED)
+    side = work.size * config.vae_factor
     arguments = {"num_inference_steps": works.STEPS, "guidance_scale": works.SCALE, "generator": generator}
-    pipeline(PROMPT, **arguments).images[0].save(image)
+    pipeline(PROMPT, height=side, width=side, **arguments).images[0].save(image)
 
 
 KINDS = {

@@ -22,6 +22,7 @@ COLUMNS = (
     "first call, this project",
     "diffusers",
 )
+Versions = dict[str, dict[str, str]]  # side -> {package: its version in the side's environment}
 LONGEST_PROBLEM = 80  # characters of a failure in a cell. The JSON has all of it
 
 
@@ -29,10 +30,10 @@ def markdown(result: dict[str, Any]) -> str:
     """Return a paragraph about the machine and the method, and the table."""
     settings = result["settings"]
     order = "one process after the other" if settings["apart"] else "the two processes in turns, the other one stopped"
-    versions: dict[str, str] = {}
+    versions: Versions = {"ours": {}, "peer": {}}
     for line in result["works"]:
-        for side in ("ours", "peer"):
-            versions.update(line[side].get("versions", {}))
+        for side, found in versions.items():
+            found.update(line[side].get("versions", {}))
     head = (
         f"{where(result['machine'], versions)}; fp32. {how(settings)}, {order}. "
         "Memory is the largest resident size of the process."
@@ -45,10 +46,10 @@ def markdown_columns(result: dict[str, Any]) -> str:
     settings, sides = result["settings"], result["sides"]
     turns = f"in turns of {settings['together']} processes at most, the others stopped"
     order = "one process after the other" if settings["apart"] else turns
-    versions = dict(result["versions"])
+    versions: Versions = {side: dict(result["versions"].get(side, {})) for side in sides}
     for line in result["works"]:
-        for side in line["sides"].values():
-            versions.update(side.get("versions", {}))
+        for side, found in line["sides"].items():
+            versions[side].update(found.get("versions", {}))
     head = (
         f"{where(result['machine'], versions)}. {how(settings)}, {order}.\n\n"
         "A cell holds the time and the largest resident size from the first call on (loading: the largest size of "
@@ -83,7 +84,7 @@ def cell(side: dict[str, Any] | None, memory: str) -> str:
     return "".join([*words, f" ({size})" if size else ""])
 
 
-def where(machine: dict[str, Any], versions: dict[str, str]) -> str:
+def where(machine: dict[str, Any], versions: Versions) -> str:
     """Return the processor, which of the extensions it has that decide how fast bf16 is, and all versions."""
     extensions = machine.get("extensions", {})
     have = [title for title, has in extensions.items() if has]
@@ -92,13 +93,29 @@ def where(machine: dict[str, Any], versions: dict[str, str]) -> str:
     numbers = f" ({machine['cpu_numbers']})" if "cpu_numbers" in machine else ""
     return (
         f"{' '.join([machine['cpu'] + numbers, *words])}, {len(machine['cores'])} cores and threads, "
-        f"{machine['memory_gb']} GB; load before the run {machine['load']:.1f}. Python {machine['python']}, "
-        f"{', '.join(f'{name} {version}' for name, version in sorted(versions.items()))}"
+        f"{machine['memory_gb']} GB; load before the run {machine['load']:.1f}. {named(versions)}"
     )
+
+
+def named(versions: Versions) -> str:
+    """Return all packages with their versions, and whose each is where environments have different ones."""
+    texts = []
+    for package in sorted({package for found in versions.values() for package in found}, key=str.lower):
+        owners: dict[str, list[str]] = {}  # of each version; both precisions of a peer have one environment
+        for side, found in versions.items():
+            if package in found:
+                owner, there = side.removesuffix("-bf16"), owners.setdefault(found[package], [])
+                there.extend([owner] if owner not in there else [])
+        several = len(owners) > 1
+        words = (f"{version} ({', '.join(sides)})" if several else version for version, sides in owners.items())
+        texts.append(f"{package} {' and '.join(words)}")
+    return ", ".join(texts)
 
 
 def how(settings: dict[str, Any]) -> str:
     """Return what was measured how often."""
+    if not settings["calls"]:
+        return f"Medians of {settings['repeats']} x the first call, of more for short workloads"
     return f"Medians of {settings['repeats']} x {settings['calls']} calls after the first, more for short workloads"
 
 

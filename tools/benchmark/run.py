@@ -60,7 +60,9 @@ class Settings:
     list_works: bool = setting(False, "list the workloads and exit", key="list")
     memory_table: bool = setting(False, "run the workloads of the memory table")
     repeats: int = setting(2, "pairs of processes for each workload", low=1)
-    calls: int = setting(5, "calls in a process after the first, more for short workloads", low=1)
+    calls: int = setting(
+        5, "calls in a process after the first, more for short workloads; 0: the first call counts", low=0
+    )
     cores: list[int] = setting(
         sorted(os.sched_getaffinity(0)),
         "the cores to run on, with as many threads, such as 0,1",
@@ -198,7 +200,7 @@ def measure_all(works: list[Work], args: Settings, numbers: Path, table: Path) -
             if reason := pythons.missing(side):
                 print(f"{side}: {reason}", file=sys.stderr)
             else:
-                result["versions"].update(pythons.packages(side))
+                result["versions"][side] = pythons.packages(side)
     else:
         args.reference_python = reference_python(args.reference_python)
     text = markdown_columns if args.peers else markdown

@@ -45,7 +45,9 @@ def measure_scripts(
             measured[name] = failed[name]
             continue
         seconds, cpu_seconds, peaks = ([run[i] for run in found] for i in range(3))
-        measured[name] = Measurement(seconds[0], seconds[1:], cpu_seconds[1:], max(peaks), calls_gb=max(peaks))
+        measured[name] = Measurement(
+            seconds[0], seconds[1:], cpu_seconds[1:], max(peaks), calls_gb=max(peaks), first_cpu=cpu_seconds[0]
+        )
     return measured
 
 

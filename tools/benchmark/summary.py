@@ -20,9 +20,10 @@ def side_summary(found: Sequence[Measurement | str]) -> dict[str, Any]:
         return {"problem": failed[0]}
     runs = [run for run in found if isinstance(run, Measurement)]
     once = not runs[0].seconds  # an epoch or a first step has a single call
+    cpu_seconds = [s for run in runs for s in ([run.first_cpu] if once else run.cpu_seconds) if s is not None]
     return {
         "seconds": statistics.median(s for run in runs for s in ([run.first] if once else run.seconds)),
-        "cpu_seconds": None if once else statistics.median(s for run in runs for s in run.cpu_seconds),
+        "cpu_seconds": statistics.median(cpu_seconds) if cpu_seconds else None,
         "first_seconds": statistics.median(run.first for run in runs),
         "build_seconds": statistics.median(run.build_seconds for run in runs),
         "memory_gb": statistics.median(run.memory_gb for run in runs),

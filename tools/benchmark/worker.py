@@ -11,6 +11,7 @@ import ctypes
 import gc
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ class Measurement:
         calls_gb: The same from the end of building on, without what building alone held, such as weights before they
             were rounded to bf16 or converted to another library's form.
         own_gb: Largest size of memory that is no mapped file, from the end of building on, of samples.
+        first_cpu: Processor seconds of the first call.
     """
 
     first: float
@@ -47,6 +49,7 @@ class Measurement:
     versions: dict[str, str] = field(default_factory=dict)
     calls_gb: float = 0.0
     own_gb: float = 0.0
+    first_cpu: float | None = None
 
 
 class WorkerFailed(Exception):
@@ -136,8 +139,9 @@ class Worker:
         seconds, cpu_seconds = ([call[name] for call in self.calls] for name in ("seconds", "cpu_seconds"))
         peak = max(self.build_gb, calls_gb)
         return Measurement(
-            seconds[0], seconds[1:], cpu_seconds[1:], peak, calls_gb=calls_gb, own_gb=own_gb, **self.ready
-        )
+            seconds[0], seconds[1:], cpu_seconds[1:], peak, calls_gb=calls_gb, own_gb=own_gb, first_cpu=cpu_seconds[0],
+            **self.ready,
+        )  # fmt: skip
 
     def kill(self) -> None:
         self.process.kill()
@@ -205,6 +209,7 @@ class Turns:
         """Perform the requested calls. `call` must return when its work is done, not when it is queued."""
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # gives back to the system what building has freed
+        versions = {"Python": platform.python_version(), **versions}
         self._answer(build_seconds=time.perf_counter() - self.begin, versions=versions)
         for _ in sys.stdin:
             wall, cpu = time.perf_counter(), _cpu_seconds()
