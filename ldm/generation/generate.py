@@ -25,6 +25,8 @@ from ldm.generation.source_image import forget_sources, source_fields
 from ldm.runtime import peers
 from ldm.runtime.logs import set_up_logging
 from ldm.runtime.parallel import is_scheduler, output_to_file, process_index
+from ldm.runtime.precision import automatic_precision
+from ldm.runtime.roll_call import ReportedError
 from ldm.runtime.script import describe_progress
 from ldm.settings.generate import GenerateSettings
 from ldm.weights.architecture import config_with_tokens
@@ -91,6 +93,7 @@ def generate_cells(settings: GenerateSettings, cells: Sequence[Cell], open_model
     """Load the models and the LoRAs of a run, generate its images and write them."""
     describe_progress(lambda: "before the first image")
     # MindSpore takes seconds to import, so these modules are imported when the settings are known to be right.
+    from ldm.ops import multiplies_bf16
     from ldm.runtime.device import setup_runtime
 
     starting_latents = None
@@ -108,13 +111,26 @@ def generate_cells(settings: GenerateSettings, cells: Sequence[Cell], open_model
         settings.precision,
         settings.seed,
         settings.use_parallel,
+        lambda: automatic_precision(multiplies_bf16),
     )
+    check_same_precision(runtime.precision)
     process = runtime.process_index
     with nullcontext() if process == 0 else output_to_file(Path(settings.output_path) / f"log-{process}.txt"):
         if process:
             set_up_logging("WARNING")  # the other processes would repeat the first one
             describe_progress(None)
         _generate_images(settings, cells, starting_latents, runtime, open_model)
+
+
+def check_same_precision(precision: str) -> None:
+    """Raise UserError in process 0 if another process has another precision: the images' texts name one."""
+    found = [data.decode() for data in peers.gather(precision.encode())] if peers.are_connected() else []
+    other = next((process for process, name in enumerate(found) if name != found[0]), None)
+    if other is not None:
+        raise ReportedError(
+            f"process {other} computes in {plain(found[other], 60)} and process 0 in {found[0]}, because their "
+            "processors differ: give --precision fp32"
+        )
 
 
 def _generate_images(
@@ -127,10 +143,11 @@ def _generate_images(
     """Load the models and generate this process's share of the images. The first process writes all."""
     from ldm.generation.pipeline import Pipeline
     from ldm.generation.run import by_model, images_of, load_pipeline
+    from ldm.ops import multiplies_bf16
     from ldm.runtime.device import decide_flash_attention, describe_runtime
 
     flash_attention = decide_flash_attention(settings.enable_flash_attention, runtime)
-    logger.info("%s", describe_runtime(runtime, flash_attention))
+    logger.info("%s", describe_runtime(runtime, flash_attention, multiplies_bf16))
     # The LoRAs are read before the base model, which takes longer, so that a wrong file is reported early.
     images = images_of(cells)
     # Before samples/ is renamed, where the image may be.
@@ -257,7 +274,7 @@ def _writer(
         sheet=sheet,
         places=[(image.cell.column, image.cell.row) for image in images],
         labels=[image.cell.label for image in images],
-        settings=settings.of_images(),
+        settings={**settings.of_images(), "precision": precision},
         sizes=[image.cell.plan.final_size(image.place) for image in images],
         resume=settings.resume,
     )

@@ -72,6 +72,8 @@ def _check_same(path: Path, record: Mapping[str, Any]) -> None:
     earlier = read_json(path, "resume:", f"remove {plain(path.parent)} to begin anew")
     if not isinstance(earlier, dict):
         raise UserError(f"resume: {plain(path)} is not of a run: remove {plain(path.parent)} to begin anew")
+    if earlier.get("precision") == "auto":  # as versions before bf16 wrote it: fp16 on Ascend, fp32 on the CPU
+        earlier["precision"] = "fp16" if record.get("precision") == "fp16" else "fp32"
     for name in [*record, *earlier]:
         if name == FILES:
             continue

@@ -11,6 +11,8 @@ holds no parameters. All forms of an operator give the same numbers up to roundi
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from pathlib import Path
 
 import mindspore as ms
@@ -50,6 +52,8 @@ __all__ = [
     "upsample2x",
 ]
 
+logger = logging.getLogger(__name__)
+
 
 def on_ascend() -> bool:
     """Whether MindSpore's device target is Ascend. `ldm.runtime.device` sets it before a network is built."""
@@ -70,8 +74,20 @@ def linear(has_bias: bool, bf16_weight: bool = False) -> nn.Cell:
         return shared_cell(ascend.BiasedLinear if has_bias else ascend.Linear)
     add_bias = add_row_bias() if has_bias else shared_cell(composite.NoBias)
     if bf16_weight:
+        _warn_of_bf16_without_kernels()
         return shared_cell(composite.LinearOfWeight, shared_cell(cpu.Bf16MatMul, multiplies_bf16()), add_bias)
     return shared_cell(composite.Linear, add_bias)
+
+
+@cache
+def _warn_of_bf16_without_kernels() -> None:
+    """Say once that bf16 costs memory and time here, if it does."""
+    if kernel_library() is None:
+        logger.warning(
+            "precision bf16 takes more memory than fp32 here, and about twice the time: MindSpore has no product of "
+            "bf16 weights on the CPU, and this project's kernels are not there, so all weights are unpacked at once. "
+            "Use --precision fp32 (or auto), or install g++ on Linux"
+        )
 
 
 def add_row_bias() -> nn.Cell:
@@ -95,6 +111,7 @@ def conv2d(
         return _ascend_conv2d(kernel_size, stride, padding, has_bias)
     add_bias = add_channel_bias() if has_bias else shared_cell(composite.NoBias)
     if bf16_weight:
+        _warn_of_bf16_without_kernels()
         keeps_size = stride == 1 and kernel_size in (1, 3) and padding == kernel_size // 2
         convolution = shared_cell(
             cpu.Bf16Conv2d, out_channels, kernel_size, stride, padding, multiplies_bf16() and keeps_size

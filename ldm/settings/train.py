@@ -9,7 +9,7 @@ from ldm.errors import UserError
 from ldm.settings.advice import AdviceSettings
 from ldm.settings.data import BucketSettings, CaptionSettings, ImageSettings, MaskSettings, PriorSettings
 from ldm.settings.declare import MAX_BATCH, MAX_COUNT, default_of, input_path, setting
-from ldm.settings.device import PRECISIONS, flash_attention_setting, jit_level_setting
+from ldm.settings.device import PRECISIONS, PYNATIVE_BF16_FAULT, flash_attention_setting, jit_level_setting
 from ldm.settings.lora import LoRASettings, graph_setting
 from ldm.settings.loss import LossSettings
 from ldm.settings.model_yaml import MAX_TIMESTEPS
@@ -236,6 +236,8 @@ class TrainSettings(
                 "precision bf16 holds frozen weights in bf16, and a training of the whole UNet has none: use auto or "
                 "fp32, or train a LoRA (use_lora)"
             )
+        if self.precision == "bf16" and self.mode == 1:
+            raise UserError(PYNATIVE_BF16_FAULT)
         if self.text_encoder_lr is not None and not self.lora_ft_text_encoder:
             raise UserError("text_encoder_lr needs lora_ft_text_encoder: give that too, or leave it out")
         if self.unet_lr is not None and self.use_lora and not self.lora_ft_unet:
