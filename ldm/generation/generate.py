@@ -21,6 +21,7 @@ from ldm.generation.from_image import Recipe, differences, read_recipe
 from ldm.generation.image_files import ImageWriter, LatentsWriter, read_latents, starting_latents_path
 from ldm.generation.image_metadata import metadata_of_images
 from ldm.generation.parameters import parameters_text
+from ldm.generation.resume import precision_to_continue
 from ldm.generation.source_image import forget_sources, source_fields
 from ldm.runtime import peers
 from ldm.runtime.logs import set_up_logging
@@ -93,7 +94,6 @@ def generate_cells(settings: GenerateSettings, cells: Sequence[Cell], open_model
     """Load the models and the LoRAs of a run, generate its images and write them."""
     describe_progress(lambda: "before the first image")
     # MindSpore takes seconds to import, so these modules are imported when the settings are known to be right.
-    from ldm.ops import multiplies_bf16
     from ldm.runtime.device import setup_runtime
 
     starting_latents = None
@@ -111,7 +111,7 @@ def generate_cells(settings: GenerateSettings, cells: Sequence[Cell], open_model
         settings.precision,
         settings.seed,
         settings.use_parallel,
-        lambda: automatic_precision(multiplies_bf16),
+        lambda: _automatic_precision(settings),
     )
     check_same_precision(runtime.precision)
     process = runtime.process_index
@@ -120,6 +120,14 @@ def generate_cells(settings: GenerateSettings, cells: Sequence[Cell], open_model
             set_up_logging("WARNING")  # the other processes would repeat the first one
             describe_progress(None)
         _generate_images(settings, cells, starting_latents, runtime, open_model)
+
+
+def _automatic_precision(settings: GenerateSettings) -> str:
+    """Return what precision "auto" stands for on the CPU. A run that is continued keeps what it was begun in."""
+    from ldm.ops import multiplies_bf16
+
+    begun_in = precision_to_continue(Path(settings.output_path) / "samples") if settings.resume else None
+    return begun_in or automatic_precision(multiplies_bf16)
 
 
 def check_same_precision(precision: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 
@@ -52,7 +53,17 @@ def test_auto_of_the_script_asks_the_kernels_and_the_files_say_what_it_was(base,
     with pytest.raises(UserError, match="opened"):
         generate.generate(settings, open_model)
     assert current_runtime().precision == expected
-    assert json.loads((tmp_path / "out" / "samples" / "run.json").read_text())["precision"] == expected
+    record = tmp_path / "out" / "samples" / "run.json"
+    assert json.loads(record.read_text())["precision"] == expected
+
+    # It continues in what it was begun in, here in the other one, or of a version that wrote what was given.
+    for written, begun_in in (("fp32", "fp32"), ("bf16", "bf16"), ("auto", "fp32")):
+        record.write_text(json.dumps({**json.loads(record.read_text()), "precision": written}))
+        with pytest.raises(UserError, match="opened" if begun_in == expected else "other prompts or other files"):
+            generate.generate(settings, open_model)
+        assert current_runtime().precision == begun_in
+    with pytest.raises(UserError, match='is of a run with precision "fp32", not "bf16"'):
+        generate.generate(replace(settings, precision="bf16"), open_model)
 
 
 def test_auto_of_the_pipeline_is_that_of_the_script_unless_mindspore_was_set_up(base, multiplies, monkeypatch):
