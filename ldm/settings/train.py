@@ -233,8 +233,8 @@ class TrainSettings(
             raise UserError(f"shard_optimizer does not divide the state of {self.optim}: use adamw or lion")
         if self.precision == "bf16" and not (self.use_lora or self.trains_token_alone):
             raise UserError(
-                "precision bf16 holds frozen weights in bf16, and a training of the whole UNet has none: use auto or "
-                "fp32, or train a LoRA (use_lora)"
+                "precision bf16 holds the UNet's weights in bf16, and a training of the whole UNet trains and saves "
+                "them in fp32: use auto or fp32, or train a LoRA (use_lora)"
             )
         if self.precision == "bf16" and self.mode == 1:
             raise UserError(PYNATIVE_BF16_FAULT)

@@ -169,7 +169,7 @@ def test_mindones_names_of_dreambooth_mean_the_same_in_a_recipe(tmp_path):
         (["--lora_rank", "0"], "at least 1"),
         (["--scheduler", "cosinus"], '"cosine"'),
         (["--precision", "fp8"], "bf16"),
-        (["--precision", "bf16"], "holds frozen weights.*use auto or fp32, or train a LoRA"),
+        (["--precision", "bf16"], "trains and saves them in fp32: use auto or fp32, or train a LoRA"),
         (["--precision", "bf16", "--mode", "1", "--use_lora", "True"], "graph mode: leave out mode 1.*precision fp32"),
         (["--caption_dropout", "2"], "at most 1"),
         (["--learning_rates", "1e-4"], "learning_rate"),
