@@ -23,7 +23,7 @@ from ldm.data.draws import caption_draws
 from ldm.data.masks import MaskReport
 from ldm.data.preparation import prepare_data, read_listing
 from ldm.data.prior import PriorPlan, check_class_folder, plan_prior, with_class_images
-from ldm.data.shards import ENTRY, HEADER
+from ldm.data.shard_files import ENTRY, HEADER
 from ldm.data.sources.rows import EMPTY_CAPTION, NO_CAPTION, Listing, Row
 from ldm.data.training_data import TrainingData
 from ldm.errors import UserError, plain
