@@ -70,11 +70,12 @@ def linear(has_bias: bool, bf16_weight: bool = False) -> nn.Cell:
 
     With `bf16_weight`, which the CPU has, the weight is bfloat16 and has no gradient, x is float32, and so is `dtype`.
     """
+    if bf16_weight:
+        _warn_of_bf16_without_kernels()
     if on_ascend():
         return shared_cell(ascend.BiasedLinear if has_bias else ascend.Linear)
     add_bias = add_row_bias() if has_bias else shared_cell(composite.NoBias)
     if bf16_weight:
-        _warn_of_bf16_without_kernels()
         return shared_cell(composite.LinearOfWeight, shared_cell(cpu.Bf16MatMul, multiplies_bf16()), add_bias)
     return shared_cell(composite.Linear, add_bias)
 
@@ -107,11 +108,12 @@ def conv2d(
 
     `padding` is one number of pixels for all sides, or (top, bottom, left, right). `bf16_weight` is as in `linear`.
     """
+    if bf16_weight:
+        _warn_of_bf16_without_kernels()
     if on_ascend():
         return _ascend_conv2d(kernel_size, stride, padding, has_bias)
     add_bias = add_channel_bias() if has_bias else shared_cell(composite.NoBias)
     if bf16_weight:
-        _warn_of_bf16_without_kernels()
         keeps_size = stride == 1 and kernel_size in (1, 3) and padding == kernel_size // 2
         convolution = shared_cell(
             cpu.Bf16Conv2d, out_channels, kernel_size, stride, padding, multiplies_bf16() and keeps_size
