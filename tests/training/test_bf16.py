@@ -198,7 +198,7 @@ def test_auto_of_a_resumed_run_is_what_it_was_begun_in(
         save_state(tmp_path / "ckpt", TrainingState(3, {}, scaler, {"precision": begun_in}))
         (tmp_path / "ckpt" / "state-00000004.safetensors").write_bytes(b"damaged")  # the one before it is taken
     with caplog.at_level("INFO", "ldm.training.setup"):
-        assert begin(settings(tmp_path, use_lora=True, resume=True)).precision == found
+        assert begin(settings(tmp_path, use_lora=True, resume=True, precision="auto")).precision == found
     assert (said in caplog.text) if said else "begun" not in caplog.text
     for given in ("fp32", "bf16"):
         assert begin(settings(tmp_path, use_lora=True, resume=True, precision=given)).precision == given
@@ -208,10 +208,12 @@ def test_auto_of_a_resumed_run_is_what_it_was_begun_in(
 def test_a_training_of_the_whole_unet_stays_fp32(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "AUTOMATIC_BF16", True)
     monkeypatch.setattr(setup, "multiplies_bf16", lambda: True)
-    assert begin(settings(tmp_path / "run")).precision == "fp32"
+    given = {"precision": "auto"}
+    assert begin(settings(tmp_path / "run", **given)).precision == "fp32"
     (tmp_path / "lora.json").write_text(json.dumps({"to_q": {"r": 2}, "trainable_model": 1}))
-    assert begin(settings(tmp_path / "run", use_lora=True, lora_config=tmp_path / "lora.json")).precision == "fp32"
-    assert begin(settings(tmp_path / "run", use_lora=True)).precision == "bf16"
+    given["use_lora"] = True
+    assert begin(settings(tmp_path / "run", **given, lora_config=tmp_path / "lora.json")).precision == "fp32"
+    assert begin(settings(tmp_path / "run", **given)).precision == "bf16"
     setup_runtime("CPU")
 
 
