@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from ldm.runtime.processor import cpuinfo, instruction_sets
 
-AUTOMATIC_BF16 = False  # whether "auto" is bf16 where the kernels multiply it
+AUTOMATIC_BF16 = True  # whether "auto" is bf16 where the kernels multiply it
 BF16_FLAG = "avx512_bf16"  # Linux's name of the instructions that the kernels multiply bf16 with
 
 
