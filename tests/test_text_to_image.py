@@ -27,7 +27,9 @@ from ldm.lora.inject import get_lora, inject_lora
 from ldm.lora.lora import LoRA
 from ldm.lora.spec import LoRASpec
 from ldm.models.stable_diffusion import build_model
+from ldm.ops import multiplies_bf16
 from ldm.runtime.device import setup_runtime
+from ldm.runtime.precision import automatic_precision
 from ldm.settings.model import load_model_config
 from ldm.weights.checkpoint import write_checkpoint
 from ldm.weights.convert import convert
@@ -130,7 +132,7 @@ def test_a_png_holds_what_is_needed_to_make_it_again(published, folder):
         "ddim_eta": 0.0,
         "H": 32,
         "W": 32,
-        "precision": "fp32",
+        "precision": automatic_precision(multiplies_bf16),
         "prediction_type": "epsilon",
         "batch_size": 4,
     }
@@ -145,7 +147,7 @@ def test_starting_and_final_latents_are_saved_in_the_order_of_the_images(publish
 
 
 def test_the_pipeline_generates_the_same_images(published, folder):
-    setup_runtime("CPU")
+    setup_runtime("CPU", automatic=lambda: automatic_precision(multiplies_bf16))
     pipeline = Pipeline.from_checkpoint(folder / "base.ckpt", config=TINY)
     pipeline.load_lora(folder / "both.ckpt", text_encoder=False)
     output = pipeline(

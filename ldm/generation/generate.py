@@ -21,10 +21,13 @@ from ldm.generation.from_image import Recipe, differences, read_recipe
 from ldm.generation.image_files import ImageWriter, LatentsWriter, read_latents, starting_latents_path
 from ldm.generation.image_metadata import metadata_of_images
 from ldm.generation.parameters import parameters_text
+from ldm.generation.resume import precision_to_continue
 from ldm.generation.source_image import forget_sources, source_fields
 from ldm.runtime import peers
 from ldm.runtime.logs import set_up_logging
 from ldm.runtime.parallel import is_scheduler, output_to_file, process_index
+from ldm.runtime.precision import automatic_precision
+from ldm.runtime.roll_call import ReportedError
 from ldm.runtime.script import describe_progress
 from ldm.settings.generate import GenerateSettings
 from ldm.weights.architecture import config_with_tokens
@@ -108,13 +111,34 @@ def generate_cells(settings: GenerateSettings, cells: Sequence[Cell], open_model
         settings.precision,
         settings.seed,
         settings.use_parallel,
+        lambda: _automatic_precision(settings),
     )
+    check_same_precision(runtime.precision)
     process = runtime.process_index
     with nullcontext() if process == 0 else output_to_file(Path(settings.output_path) / f"log-{process}.txt"):
         if process:
             set_up_logging("WARNING")  # the other processes would repeat the first one
             describe_progress(None)
         _generate_images(settings, cells, starting_latents, runtime, open_model)
+
+
+def _automatic_precision(settings: GenerateSettings) -> str:
+    """Return what precision "auto" stands for on the CPU. A run that is continued keeps what it was begun in."""
+    from ldm.ops import multiplies_bf16
+
+    begun_in = precision_to_continue(Path(settings.output_path) / "samples") if settings.resume else None
+    return begun_in or automatic_precision(multiplies_bf16)
+
+
+def check_same_precision(precision: str) -> None:
+    """Raise UserError in process 0 if another process has another precision: the images' texts name one."""
+    found = [data.decode() for data in peers.gather(precision.encode())] if peers.are_connected() else []
+    other = next((process for process, name in enumerate(found) if name != found[0]), None)
+    if other is not None:
+        raise ReportedError(
+            f"process {other} computes in {plain(found[other], 60)} and process 0 in {found[0]}, because their "
+            "processors differ: give --precision fp32"
+        )
 
 
 def _generate_images(
@@ -127,10 +151,11 @@ def _generate_images(
     """Load the models and generate this process's share of the images. The first process writes all."""
     from ldm.generation.pipeline import Pipeline
     from ldm.generation.run import by_model, images_of, load_pipeline
+    from ldm.ops import multiplies_bf16
     from ldm.runtime.device import decide_flash_attention, describe_runtime
 
     flash_attention = decide_flash_attention(settings.enable_flash_attention, runtime)
-    logger.info("%s", describe_runtime(runtime, flash_attention))
+    logger.info("%s", describe_runtime(runtime, flash_attention, multiplies_bf16))
     # The LoRAs are read before the base model, which takes longer, so that a wrong file is reported early.
     images = images_of(cells)
     # Before samples/ is renamed, where the image may be.
@@ -257,7 +282,7 @@ def _writer(
         sheet=sheet,
         places=[(image.cell.column, image.cell.row) for image in images],
         labels=[image.cell.label for image in images],
-        settings=settings.of_images(),
+        settings={**settings.of_images(), "precision": precision},
         sizes=[image.cell.plan.final_size(image.place) for image in images],
         resume=settings.resume,
     )

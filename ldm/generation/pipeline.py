@@ -25,7 +25,9 @@ from ldm.generation.loading import load_model, set_up_sampling
 from ldm.generation.model_choice import find_model
 from ldm.generation.requests import ImageRequest
 from ldm.generation.source_image import NOISE_ALONE, HiresFix, Origin, forget_sources, source_images
+from ldm.ops import multiplies_bf16
 from ldm.runtime.device import current_runtime, decide_flash_attention, setup_runtime
+from ldm.runtime.precision import automatic_precision
 from ldm.settings.model import ModelConfig
 from ldm.settings.versions import default_guidance_scale
 from ldm.weights.architecture import config_with_tokens
@@ -79,7 +81,7 @@ class Pipeline(BatchGenerator):
             version: A key of ldm.settings.versions.VERSIONS. None detects the model from the checkpoint.
             config: A model YAML, or a configuration, instead of the version's.
             dtype: ms.float32, ms.float16, or ms.bfloat16 on the CPU, for UNet and text encoder. None for fp16 on Ascend
-                and fp32 on the CPU, or the precision that MindSpore was set up with.
+                and that of ldm.runtime.precision on the CPU, or the precision that MindSpore was set up with.
             unet: A checkpoint whose UNet replaces the base checkpoint's.
             vae: A checkpoint whose VAE replaces the base checkpoint's.
             ema: Load the moving averages of the UNet's weights that the checkpoint holds.
@@ -98,7 +100,7 @@ class Pipeline(BatchGenerator):
             _, path, model_config = find_model(checkpoint, version, config)
         runtime = current_runtime()
         if runtime is None or device not in (None, runtime.device):
-            runtime = setup_runtime(device, seed=None)
+            runtime = setup_runtime(device, seed=None, automatic=lambda: automatic_precision(multiplies_bf16))
         runtime_of_dtype = runtime if dtype is None else runtime.with_compute_dtype(dtype)
         use_flash = decide_flash_attention(flash_attention, runtime_of_dtype)
         base_weights = BaseWeights(path, unet, ema)

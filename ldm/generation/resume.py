@@ -41,6 +41,23 @@ def run_record(settings: Mapping[str, Any], images: Iterable[Mapping[str, Any]])
     return {"images": count, **settings, FILES: digest.hexdigest()}
 
 
+def precision_to_continue(samples: Path) -> str | None:
+    """Return the precision on the CPU that run.json of a folder names, None if nothing says it.
+
+    Raises:
+        UserError: run.json cannot be read.
+    """
+    path = samples / RECORD
+    content = read_json(path, "resume:", _anew(path)) if is_file(path) else None
+    found = content.get("precision") if isinstance(content, dict) else None
+    # Versions before bf16 wrote what was given: auto was fp32 on the CPU.
+    return "fp32" if found == "auto" else found if found in ("fp32", "bf16") else None
+
+
+def _anew(path: Path) -> str:
+    return f"remove {plain(path.parent)} to begin anew"
+
+
 def begin_or_continue(samples: Path, record: Mapping[str, Any]) -> None:
     """Write run.json into a folder that has no images yet, or check that the folder's is of this run.
 
@@ -69,9 +86,11 @@ def begin_or_continue(samples: Path, record: Mapping[str, Any]) -> None:
 
 def _check_same(path: Path, record: Mapping[str, Any]) -> None:
     """Raise UserError, which names the first difference, if run.json is of another run."""
-    earlier = read_json(path, "resume:", f"remove {plain(path.parent)} to begin anew")
+    earlier = read_json(path, "resume:", _anew(path))
     if not isinstance(earlier, dict):
-        raise UserError(f"resume: {plain(path)} is not of a run: remove {plain(path.parent)} to begin anew")
+        raise UserError(f"resume: {plain(path)} is not of a run: {_anew(path)}")
+    if earlier.get("precision") == "auto":  # as versions before bf16 wrote it: fp16 on Ascend, fp32 on the CPU
+        earlier["precision"] = "fp16" if record.get("precision") == "fp16" else "fp32"
     for name in [*record, *earlier]:
         if name == FILES:
             continue

@@ -11,6 +11,8 @@ holds no parameters. All forms of an operator give the same numbers up to roundi
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from pathlib import Path
 
 import mindspore as ms
@@ -50,6 +52,8 @@ __all__ = [
     "upsample2x",
 ]
 
+logger = logging.getLogger(__name__)
+
 
 def on_ascend() -> bool:
     """Whether MindSpore's device target is Ascend. `ldm.runtime.device` sets it before a network is built."""
@@ -66,12 +70,25 @@ def linear(has_bias: bool, bf16_weight: bool = False) -> nn.Cell:
 
     With `bf16_weight`, which the CPU has, the weight is bfloat16 and has no gradient, x is float32, and so is `dtype`.
     """
+    if bf16_weight:
+        _warn_of_bf16_without_kernels()
     if on_ascend():
         return shared_cell(ascend.BiasedLinear if has_bias else ascend.Linear)
     add_bias = add_row_bias() if has_bias else shared_cell(composite.NoBias)
     if bf16_weight:
         return shared_cell(composite.LinearOfWeight, shared_cell(cpu.Bf16MatMul, multiplies_bf16()), add_bias)
     return shared_cell(composite.Linear, add_bias)
+
+
+@cache
+def _warn_of_bf16_without_kernels() -> None:
+    """Say once that bf16 costs memory and time here, if it does."""
+    if kernel_library() is None:
+        logger.warning(
+            "precision bf16 takes more memory than fp32 here, and about twice the time: MindSpore has no product of "
+            "bf16 weights on the CPU, and this project's kernels are not there, so all weights are unpacked at once. "
+            "Use --precision fp32 (or auto), or install g++ on Linux"
+        )
 
 
 def add_row_bias() -> nn.Cell:
@@ -91,6 +108,8 @@ def conv2d(
 
     `padding` is one number of pixels for all sides, or (top, bottom, left, right). `bf16_weight` is as in `linear`.
     """
+    if bf16_weight:
+        _warn_of_bf16_without_kernels()
     if on_ascend():
         return _ascend_conv2d(kernel_size, stride, padding, has_bias)
     add_bias = add_channel_bias() if has_bias else shared_cell(composite.NoBias)

@@ -7,7 +7,7 @@ import glob
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,8 +17,8 @@ import numpy as np
 from ldm.errors import UserError, plain
 from ldm.runtime import ascend, peers, roll_call
 from ldm.runtime.launcher import killed_with_launcher
-from ldm.runtime.precision import automatic_precision, processor_multiplies_bf16
 from ldm.runtime.versions import check_version
+from ldm.settings.device import PYNATIVE_BF16_FAULT
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def setup_runtime(
     precision: str = "auto",
     seed: int | None = 42,
     use_parallel: bool = False,
-    trains_base_model: bool = False,
+    automatic: Callable[[], str] = lambda: "fp32",
 ) -> Runtime:
     """Set up MindSpore. Call this before the first network is built.
 
@@ -114,11 +114,13 @@ def setup_runtime(
         device_target: "Ascend", "CPU", or None for Ascend if this machine has one, else the CPU.
         mode: GRAPH or PYNATIVE.
         jit_level: How much Ascend's compiler optimises, "O0" to "O2", None for "O0". The CPU has one level only.
-        precision: "fp16", "fp32", "bf16" (on the CPU), or "auto" for what automatic_precision says.
+        precision: "fp16", "fp32", "bf16" (on the CPU), or "auto": "fp16" on Ascend, and on the CPU what `automatic`
+            says, but "fp32" in pynative mode.
         seed: Of the weights that are initialised at random, None to leave the random state as it is. What training
             draws depends on its own seed and the step alone.
         use_parallel: Join the data-parallel run of the processes that `msrun` started.
-        trains_base_model: Whether weights of the base model are trained, for automatic_precision.
+        automatic: Returns "fp32" or "bf16". The scripts give ldm.runtime.precision.automatic_precision. It asks the
+            kernels, which are above this package.
 
     Raises:
         UserError: The device is not there or not named rightly (DEVICE_ID, RANK_TABLE_FILE), it does not have the
@@ -130,7 +132,7 @@ def setup_runtime(
         os.environ.setdefault("MS_ASCEND_CHECK_OVERFLOW_MODE", "INFNAN_MODE")
     device = device_target or ("Ascend" if _has_ascend() else "CPU")
     if precision == "auto":
-        precision = automatic_precision(device, trains_base_model or mode == PYNATIVE)
+        precision = "fp16" if device == "Ascend" else "fp32" if mode == PYNATIVE else automatic()
     compute_dtype = COMPUTE_DTYPES[precision]
     check_compute_dtype(device, compute_dtype, mode)
     number = ascend.device_id() if device == "Ascend" else None
@@ -166,15 +168,17 @@ def check_compute_dtype(device: str, dtype: ms.Type, mode: int) -> None:
     if device == "Ascend" and dtype == ms.bfloat16:
         raise UserError("precision bf16 is for the CPU: on Ascend use --precision fp16 (or auto), or fp32")
     if mode == PYNATIVE and dtype == ms.bfloat16:  # MindSpore copies weights in it, and cannot copy bf16 on the CPU
-        raise UserError("precision bf16 is for graph mode: leave out mode 1 (pynative), or use --precision fp32")
+        raise UserError(PYNATIVE_BF16_FAULT)
 
 
-def describe_runtime(runtime: Runtime, flash_attention: bool) -> str:
-    """Return one line for the log: device, precision and what else depends on the device."""
+def describe_runtime(runtime: Runtime, flash_attention: bool, multiplies_bf16: Callable[[], bool]) -> str:
+    """Return one line for the log: device, precision and what else depends on the device.
+
+    `multiplies_bf16` is ldm.ops.multiplies_bf16, and is asked in bf16 alone.
+    """
     if not runtime.is_ascend:
-        without = runtime.bf16 and not processor_multiplies_bf16()
-        slower = ", which this processor does not multiply: it saves memory, but costs time" if without else ""
-        return f"device: {runtime.device}, {runtime.precision}{slower}"
+        slower = runtime.bf16 and not multiplies_bf16()
+        return f"device: {runtime.device}, {runtime.precision}" + ", slower than fp32 on this machine" * slower
     return (
         f"device: Ascend {ms.get_context('device_id')}, {runtime.soc or 'of unknown name'}, {runtime.precision}, "
         f"precision mode {runtime.precision_mode or 'not set by this project'}, jit_level {runtime.jit_level}, "

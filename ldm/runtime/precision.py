@@ -1,36 +1,39 @@
-"""What precision "auto" stands for, without MindSpore, whose import takes seconds."""
+"""What precision "auto" stands for on the CPU, without MindSpore, whose import takes seconds."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
 
-AUTOMATIC_BF16 = False  # whether "auto" is bf16 on processors that multiply it
-CPUINFO = Path("/proc/cpuinfo")
-# Linux's names of the instructions that multiply bf16 numbers and add up fp32: the tiles of Intel's Xeons since 2023,
-# and the vectors of AMD since Zen 4 and of Intel since Cooper Lake.
-BF16_FLAGS = ("amx_bf16", "avx512_bf16")
+from ldm.runtime.processor import cpuinfo, instruction_sets
+
+AUTOMATIC_BF16 = True  # whether "auto" is bf16 where the kernels multiply it
+BF16_FLAG = "avx512_bf16"  # Linux's name of the instructions that the kernels multiply bf16 with
 
 
-def automatic_precision(device: str, keeps_fp32: bool = False) -> str:
-    """Return what precision "auto" stands for on a device: "fp16" on Ascend, "fp32" on the CPU.
+def automatic_precision(multiplies_bf16: Callable[[], bool], keeps_fp32: bool = False) -> str:
+    """Return what precision "auto" stands for on the CPU: "fp32", or "bf16" with AUTOMATIC_BF16.
 
-    With AUTOMATIC_BF16 it is "bf16" on a CPU that multiplies bf16, unless `keeps_fp32`: where weights of the base model
-    are trained, and in pynative mode.
+    Args:
+        multiplies_bf16: Whether the kernels multiply bf16 (ldm.ops.multiplies_bf16). It may have to compile them, and
+            is asked only where it matters.
+        keeps_fp32: Whether weights of the base model are trained. They are saved in fp32.
     """
-    if device == "Ascend":
-        return "fp16"
-    return "bf16" if AUTOMATIC_BF16 and processor_multiplies_bf16() and not keeps_fp32 else "fp32"
+    return "bf16" if AUTOMATIC_BF16 and not keeps_fp32 and multiplies_bf16() else "fp32"
 
 
-def processor_multiplies_bf16() -> bool:
-    """Whether the processor has instructions for products of bf16 numbers, with sums in fp32."""
-    return not processor_flags().isdisjoint(BF16_FLAGS)
+def kernels_are_expected_to_multiply_bf16() -> bool:
+    """Whether the kernels will multiply bf16 once they are compiled: by the processor's flags, and a compiler's name.
 
-
-def processor_flags() -> frozenset[str]:
-    """Return Linux's names of the processor's instruction sets. There are none where Linux does not tell."""
+    Nothing is compiled or loaded, so this is for an estimate alone.
+    """
+    if sys.platform != "linux" or BF16_FLAG not in instruction_sets(cpuinfo()).split():
+        return False
     try:
-        lines = CPUINFO.read_text(errors="replace").splitlines()
-    except OSError:
-        return frozenset()
-    return next((frozenset(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), frozenset())
+        compiler = shlex.split(os.environ.get("CXX") or "c++")
+    except ValueError:
+        return False
+    return bool(compiler) and shutil.which(compiler[0]) is not None

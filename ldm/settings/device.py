@@ -7,6 +7,7 @@ from typing import Any
 from ldm.settings.declare import setting
 
 PRECISIONS = ("auto", "fp16", "fp32", "bf16")
+PYNATIVE_BF16_FAULT = "precision bf16 is for graph mode: leave out mode 1 (pynative), or use --precision fp32"
 JIT_LEVELS = ("O0", "O1", "O2")
 JIT_LEVEL_HELP = (
     "level of Ascend's graph compiler; None: O0. O0 runs operator by operator, O1 fuses some operators. O2 gives each "

@@ -9,7 +9,7 @@ from ldm.errors import UserError
 from ldm.settings.advice import AdviceSettings
 from ldm.settings.data import BucketSettings, CaptionSettings, ImageSettings, MaskSettings, PriorSettings
 from ldm.settings.declare import MAX_BATCH, MAX_COUNT, default_of, input_path, setting
-from ldm.settings.device import PRECISIONS, flash_attention_setting, jit_level_setting
+from ldm.settings.device import PRECISIONS, PYNATIVE_BF16_FAULT, flash_attention_setting, jit_level_setting
 from ldm.settings.lora import LoRASettings, graph_setting
 from ldm.settings.loss import LossSettings
 from ldm.settings.model_yaml import MAX_TIMESTEPS
@@ -176,9 +176,9 @@ class TrainSettings(
     jit_level: Optional[str] = jit_level_setting(graph_key=True)
     precision: str = setting(
         "auto",
-        "auto: fp16 on Ascend, fp32 on the CPU. A first Ascend 910 has products and convolutions in fp16 alone. bf16, "
-        "on the CPU: the frozen weights of UNet and text encoder take half the memory and are multiplied in bf16, all "
-        "else is fp32 (docs/precision.md)",
+        "auto: fp16 on Ascend; on the CPU bf16 where its kernels multiply it and the base model is frozen, else fp32. "
+        "A first Ascend 910 has products and convolutions in fp16 alone. bf16, on the CPU: the frozen weights of UNet "
+        "and text encoder take half the memory and are multiplied in bf16, all else is fp32 (docs/precision.md)",
         choices=PRECISIONS,
         resume="fixed",
         set_by_comparison=True,
@@ -233,9 +233,11 @@ class TrainSettings(
             raise UserError(f"shard_optimizer does not divide the state of {self.optim}: use adamw or lion")
         if self.precision == "bf16" and not (self.use_lora or self.trains_token_alone):
             raise UserError(
-                "precision bf16 holds frozen weights in bf16, and a training of the whole UNet has none: use auto or "
-                "fp32, or train a LoRA (use_lora)"
+                "precision bf16 holds the UNet's weights in bf16, and a training of the whole UNet trains and saves "
+                "them in fp32: use auto or fp32, or train a LoRA (use_lora)"
             )
+        if self.precision == "bf16" and self.mode == 1:
+            raise UserError(PYNATIVE_BF16_FAULT)
         if self.text_encoder_lr is not None and not self.lora_ft_text_encoder:
             raise UserError("text_encoder_lr needs lora_ft_text_encoder: give that too, or leave it out")
         if self.unet_lr is not None and self.use_lora and not self.lora_ft_unet:

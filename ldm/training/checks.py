@@ -6,6 +6,7 @@ import logging
 
 from ldm.data.upright import parse_color
 from ldm.errors import UserError, plain
+from ldm.files.documents import read_json, read_yaml
 from ldm.files.inputs import check_file, is_folder, is_there
 from ldm.files.paths import under_root
 from ldm.settings.model import ModelConfig, load_model_config
@@ -44,6 +45,11 @@ def check_settings(settings: TrainSettings) -> None:
         check_file(settings.resume, "resume", "give a training state (state-<step>.safetensors) or the folder of a run")
     if settings.lora_config is not None:
         check_file(under_root(settings.lora_config), "lora_config", "give the path of a JSON or YAML file")
+    if settings.precision == "bf16" and trains_base_model(settings):
+        raise UserError(
+            "precision bf16 holds the base model's weights in bf16, and trainable_model in lora_config trains them: "
+            "use auto or fp32, or leave trainable_model out"
+        )
     if settings.pretrained_model_ema and settings.unet_initialize_random:
         raise UserError(
             "pretrained_model_ema does not go with unet_initialize_random: it selects weights of the UNet, which are "
@@ -64,6 +70,28 @@ def check_settings(settings: TrainSettings) -> None:
         image_size(settings, config)
         trained_timesteps(settings, config)
         settings.check_prediction_type(config.prediction_type, plain(config.path))
+
+
+def trains_base_model(settings: TrainSettings) -> bool:
+    """Whether weights of the base model are trained. ldm.lora.spec checks lora_config's content, and needs MindSpore.
+
+    Raises UserError if lora_config cannot be read.
+    """
+    if not (settings.use_lora or settings.trains_token_alone):
+        return True
+    if settings.lora_config is None:
+        return False
+    path = under_root(settings.lora_config)
+    content = read_json(path) if path.suffix == ".json" else read_yaml(path)
+    return isinstance(content, dict) and bool(content.get("trainable_model"))
+
+
+def keeps_text_encoder_in_fp32(settings: TrainSettings) -> bool:
+    """Whether the text encoder stays fp32 although the precision is bf16.
+
+    The step of gradient_checkpointing computes it twice. MindSpore copies weights in between, and has no copy of bf16.
+    """
+    return settings.gradient_checkpointing and settings.trains_text_encoder
 
 
 def image_size(settings: TrainSettings, config: ModelConfig) -> int:

@@ -329,7 +329,8 @@ def _draw_batch(pipeline: Pipeline, settings: TrainSettings, sampling: Sampling,
 def _pipeline(model: StableDiffusion, runtime: Runtime, flash_attention: bool) -> Iterator[Pipeline]:
     """Yield a pipeline of the networks that are trained later. Afterwards they are as before, and its graphs are freed.
 
-    The UNet computes in the type of the training and keeps its weights in fp32.
+    The UNet computes in the type of the training. Its weights stay as they were loaded: bf16 on the CPU in bf16, fp32
+    in every other precision.
     """
     unet = model.model.diffusion_model
     set_compute_dtype(unet, runtime.compute_dtype)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ldm.runtime.launcher import is_scheduler, process_index
-from ldm.runtime.precision import automatic_precision
+from ldm.runtime.precision import automatic_precision, kernels_are_expected_to_multiply_bf16
 from ldm.settings.model import ModelConfig
 from ldm.settings.model_size import (
     LoRASize,
@@ -25,7 +25,13 @@ from ldm.settings.model_size import (
 )
 from ldm.settings.optimizer import AdafactorOptions
 from ldm.settings.train import TrainSettings
-from ldm.training.checks import check_settings, image_size, read_model_config
+from ldm.training.checks import (
+    check_settings,
+    image_size,
+    keeps_text_encoder_in_fp32,
+    read_model_config,
+    trains_base_model,
+)
 
 GB = 2**30
 FP32, BF16 = 4, 2  # bytes
@@ -333,9 +339,11 @@ def _added_memory(settings: TrainSettings, config: ModelConfig) -> Iterator[Part
     yield _part(beside, 1, "weights of the autoencoder and the text encoder")
     if _holds_bf16(settings):
         # Biases and norms, which keep fp32, are less than 1 % of the others.
-        tables = text_parameters(**{**config.text, "num_layers": 0})  # of tokens and positions, which do too
-        held = unet_parameters(**config.unet) + text_parameters(**config.text) - tables
-        what = f"weights of UNet and text encoder in bf16: {held:,} numbers of {BF16} bytes in place of {FP32}"
+        held, networks = unet_parameters(**config.unet), "the UNet"
+        if not keeps_text_encoder_in_fp32(settings):
+            tables = text_parameters(**{**config.text, "num_layers": 0})  # of tokens and positions, which do too
+            held, networks = held + text_parameters(**config.text) - tables, "UNet and text encoder"
+        what = f"weights of {networks} in bf16: {held:,} numbers of {BF16} bytes in place of {FP32}"
         yield Part(held * (BF16 - FP32) / GB, what)
     trained = unet_parameters(**config.unet)
     if settings.use_lora:
@@ -358,10 +366,11 @@ def _added_memory(settings: TrainSettings, config: ModelConfig) -> Iterator[Part
 
 
 def _holds_bf16(settings: TrainSettings) -> bool:
-    """Whether the frozen weights are held in bf16 on the CPU."""
-    keeps_fp32 = not (settings.use_lora or settings.trains_token_alone) or settings.mode == 1
-    automatic = automatic_precision("CPU", keeps_fp32) if settings.precision == "auto" else settings.precision
-    return automatic == "bf16"
+    """Whether the frozen weights are held in bf16 on the CPU, or are expected to be with precision "auto"."""
+    if settings.precision != "auto":
+        return settings.precision == "bf16"
+    keeps_fp32 = settings.mode == 1 or trains_base_model(settings)
+    return automatic_precision(kernels_are_expected_to_multiply_bf16, keeps_fp32) == "bf16"
 
 
 def _part(parameters: int, arrays: int, what: str) -> Part:
@@ -393,6 +402,8 @@ def _notes_on_settings(settings: TrainSettings) -> Iterator[str]:
     """Yield what the settings change that no figure is known of."""
     missing = []
     if _holds_bf16(settings):
+        if settings.precision == "auto":
+            yield "precision auto is expected to be bf16 here, by the processor's flags and the name of a C++ compiler"
         yield (
             "not measured: training in bf16. The memory is that of fp32 without half of the weights that are held in "
             "bf16, and the time is that of fp32"

@@ -20,7 +20,7 @@ from ldm.training.checks import image_size
 from ldm.training.own_files import find_states
 from ldm.training.plan import RunPlan
 from ldm.training.step import differing_shapes
-from ldm.training.training_state import TrainingState, load_latest_state, load_state
+from ldm.training.training_state import TrainingState, load_latest_state, load_state, read_fingerprint
 from ldm.weights.base_model import base_model_hash
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,28 @@ def check_no_earlier_run(settings: TrainSettings) -> None:
         )
 
 
+def precision_to_resume(settings: TrainSettings) -> str | None:
+    """Return the precision of the run that `resume` names, by its newest readable state. None if nothing says it.
+
+    It is asked before MindSpore is set up. find_state_to_resume checks the state. Raises UserError as is_folder.
+    """
+    if not settings.resume:
+        return None
+    where = _place_to_resume(settings)
+    for path in [where] if is_file(where, "resume") else find_states(where):
+        try:
+            return read_fingerprint(path).get("precision")
+        except UserError:  # the next one is taken, which find_state_to_resume says
+            continue
+    return None
+
+
+def _place_to_resume(settings: TrainSettings) -> Path:
+    """Return the training state, or the folder of them, that `resume` names."""
+    where = Path(settings.resume) if isinstance(settings.resume, str) else Path(settings.output_path) / "ckpt"
+    return where / "ckpt" if is_folder(where, "resume") and is_folder(where / "ckpt", "resume") else where
+
+
 def find_state_to_resume(
     settings: TrainSettings, fingerprint: dict[str, Any], shapes: dict[str, tuple[int, ...]]
 ) -> TrainingState | None:
@@ -90,9 +112,7 @@ def find_state_to_resume(
     """
     if not settings.resume:
         return None
-    where = Path(settings.resume) if isinstance(settings.resume, str) else Path(settings.output_path) / "ckpt"
-    if is_folder(where, "resume") and is_folder(where / "ckpt", "resume"):
-        where = where / "ckpt"
+    where = _place_to_resume(settings)
 
     def misfit(state: TrainingState) -> str:
         differences = compare_fingerprints(state.fingerprint, fingerprint)
@@ -102,6 +122,8 @@ def find_state_to_resume(
             if "global_batch" in differences:
                 processes = fingerprint["global_batch"] // settings.train_batch_size
                 hint = _how_to_keep_the_batch(with_global_batch(state.fingerprint)["global_batch"], processes)
+            if "precision" in differences:
+                hint += f" (give --precision {plain(state.fingerprint['precision'], 60)})"
             raise UserError(
                 f"{state.path} belongs to another run: {'; '.join(fixed)}{hint}. Use the same settings and data, or "
                 "start again without --resume in another output_path"

@@ -30,8 +30,10 @@ from ldm.lora.spec import LoRASpec
 from ldm.models.attention import set_attention
 from ldm.models.layers import hold_frozen_weights, set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion
+from ldm.ops import multiplies_bf16
 from ldm.runtime.device import Runtime, decide_flash_attention, describe_runtime, setup_runtime
 from ldm.runtime.logs import set_up_logging
+from ldm.runtime.precision import automatic_precision
 from ldm.settings.model import ModelConfig
 from ldm.settings.read import save_settings
 from ldm.settings.train import TrainSettings
@@ -40,7 +42,14 @@ from ldm.textual_inversion.inject import extended_table, initial_vectors, make_t
 from ldm.training.advice import give_advice
 from ldm.training.agreement import check_same_start
 from ldm.training.checkpoints import Checkpoints, remove_leftovers
-from ldm.training.checks import base_model, check_settings, image_size, read_model_config, trained_timesteps
+from ldm.training.checks import (
+    base_model,
+    check_settings,
+    image_size,
+    keeps_text_encoder_in_fp32,
+    read_model_config,
+    trained_timesteps,
+)
 from ldm.training.class_images import add_class_images
 from ldm.training.feed import Feed, check_sink, make_feed
 from ldm.training.inputs import Inputs
@@ -48,7 +57,7 @@ from ldm.training.loss_scale import LossScaler, make_loss_scaler
 from ldm.training.optimizers import Optimizer, make_optimizer
 from ldm.training.plan import RunPlan, make_plan
 from ldm.training.rates import Rates, make_rates
-from ldm.training.resume import check_no_earlier_run, find_state_to_resume, make_fingerprint
+from ldm.training.resume import check_no_earlier_run, find_state_to_resume, make_fingerprint, precision_to_resume
 from ldm.training.sample_prompts import read_sample_prompts
 from ldm.training.samples import Samples
 from ldm.training.sharing import SharedFile, first_start
@@ -101,16 +110,28 @@ def begin(settings: TrainSettings) -> Runtime:
     check_settings(settings)
     check_no_earlier_run(settings)
     trains_base_model = saves_base_model(settings, make_lora_spec(settings))
-    if trains_base_model and settings.precision == "bf16":
-        raise UserError(
-            "precision bf16 holds the base model's weights in bf16, and trainable_model in lora_config trains them: "
-            "use auto or fp32, or leave trainable_model out"
-        )
     set_up_logging(settings.log_level)
     return setup_runtime(
         settings.device_target, settings.mode, settings.jit_level, settings.precision, settings.seed,
-        settings.use_parallel, trains_base_model,
+        settings.use_parallel, lambda: _automatic_precision(settings, trains_base_model),
     )  # fmt: skip
+
+
+def _automatic_precision(settings: TrainSettings, trains_base_model: bool) -> str:
+    """Return what precision "auto" stands for on the CPU. A run that is resumed keeps what it was begun in."""
+    precision = automatic_precision(multiplies_bf16, trains_base_model)
+    begun_in = precision_to_resume(settings)
+    if begun_in not in ("fp32", "bf16") or begun_in == precision or trains_base_model:
+        return precision
+    logger.log(
+        logging.WARNING if begun_in == "bf16" else logging.INFO,
+        "resume: precision %s, in which this run was begun%s",
+        begun_in,
+        ". Without kernels that multiply it, the run goes on more slowly, and not bit for bit as with them"
+        if begun_in == "bf16" and not multiplies_bf16()
+        else f", where auto is {precision}",
+    )
+    return begun_in
 
 
 def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
@@ -125,7 +146,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     check_sink(settings, runtime)
     if is_first_process:
         set_up_logging(settings.log_level, output / "log.txt")
-        logger.info("%s", describe_runtime(runtime, flash_attention))
+        logger.info("%s", describe_runtime(runtime, flash_attention, multiplies_bf16))
     else:
         set_up_logging("WARNING")  # the other processes would repeat the first one
 
@@ -249,8 +270,7 @@ def _load_base_model(settings: TrainSettings, config: ModelConfig, runtime: Runt
 def _hold_in_bf16(settings: TrainSettings, model: StableDiffusion) -> None:
     """Hold weights in bf16 as generation does, so that samples and class images are the same."""
     networks = [model.model, model.cond_stage_model]
-    if settings.gradient_checkpointing and settings.trains_text_encoder:
-        # The step computes the text encoder twice. MindSpore copies weights in between, and has no copy of bf16.
+    if keeps_text_encoder_in_fp32(settings):
         networks = [model.model]
     for network in networks:
         hold_frozen_weights(network, ms.bfloat16)

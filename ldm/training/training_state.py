@@ -22,7 +22,7 @@ from ldm.errors import UserError, plain
 from ldm.files.documents import parse_json
 from ldm.training.loss_scale import COUNTS
 from ldm.training.own_files import Numbered, find_states
-from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
+from ldm.weights.checkpoint import open_checkpoint, read_checkpoint, write_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +95,7 @@ def load_state(path: Path) -> TrainingState:
     if not re.fullmatch("[0-9]{1,12}", step):
         raise UserError(f"the training state {path} is damaged (invalid step {plain(repr(step), 40)})")
     scaler = parse_json(metadata.get("scaler", ""), f"the loss scaler in the training state {path}")
-    fingerprint = parse_json(metadata.get("fingerprint", ""), f"the settings in the training state {path}")
-    if not isinstance(fingerprint, dict) or not all(map(_is_setting, fingerprint.values())):
-        raise UserError(f"the training state {path} is damaged (invalid settings)")
+    fingerprint = _fingerprint(path, metadata)
     validation = None
     if "validation" in metadata:
         validation = parse_json(metadata["validation"], f"the validation loss in the training state {path}")
@@ -110,6 +108,18 @@ def load_state(path: Path) -> TrainingState:
             raise UserError(f"the training state {path} holds {plain(name, 80)} as {array.dtype}, not as float32")
     check_finite(arrays, f"the training state {path}")
     return TrainingState(int(step), arrays, scaler, fingerprint, path, validation)
+
+
+def read_fingerprint(path: Path) -> dict[str, Any]:
+    """Read what a training state says of its run, without its arrays. Raises UserError as load_state."""
+    return _fingerprint(path, open_checkpoint(path).metadata)
+
+
+def _fingerprint(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    fingerprint = parse_json(metadata.get("fingerprint", ""), f"the settings in the training state {path}")
+    if not isinstance(fingerprint, dict) or not all(map(_is_setting, fingerprint.values())):
+        raise UserError(f"the training state {path} is damaged (invalid settings)")
+    return fingerprint
 
 
 def check_finite(arrays: dict[str, np.ndarray], subject: str) -> None:

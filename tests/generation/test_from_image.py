@@ -44,6 +44,14 @@ def test_the_settings_of_an_image_of_this_project(tmp_path):
     GenerateSettings(**values)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_an_image_is_made_again_in_its_precision(tmp_path, precision):
+    """What `auto` stood for is recorded since the first version."""
+    path = image(tmp_path, own(settings={**SETTINGS, "precision": precision}))
+    assert complete_from_image({"from_image": path})["precision"] == precision
+    assert "precision" not in complete_from_image({"from_image": path, "precision": "auto"})
+
+
 def test_the_settings_that_are_given_win(tmp_path):
     path = image(tmp_path, own())
     given = {"from_image": path, "data_path": "p.txt", "scale": 2.0, "dpm_solver": True, "ckpt_path": "x"}

@@ -95,6 +95,20 @@ def test_an_image_of_another_size_or_mode_was_changed(tmp_path, shape, mode):
         written_image(path, FIELDS[0], (4, 4))
 
 
+@pytest.mark.parametrize(("before", "now"), [("auto", "fp32"), ("auto", "fp16"), ("bf16", "bf16"), (None, None)])
+def test_a_run_continues_in_its_precision(tmp_path, before, now):
+    """Earlier versions recorded `auto`, which was fp32 on the CPU and fp16 on Ascend."""
+    begin_or_continue(tmp_path, {**RECORD, "precision": before})
+    begin_or_continue(tmp_path, {**RECORD, "precision": now})
+
+
+@pytest.mark.parametrize(("before", "now"), [("auto", "bf16"), ("fp32", "bf16"), ("bf16", "fp32")])
+def test_another_precision_is_named(tmp_path, before, now):
+    begin_or_continue(tmp_path, {**RECORD, "precision": before})
+    with pytest.raises(UserError, match=f'precision "{before.replace("auto", "fp32")}", not "{now}": give the same'):
+        begin_or_continue(tmp_path, {**RECORD, "precision": now})
+
+
 def test_the_record_can_be_read_by_others(tmp_path):
     begin_or_continue(tmp_path, RECORD)
     content = json.loads((tmp_path / "run.json").read_text())

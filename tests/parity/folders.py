@@ -103,7 +103,8 @@ def draw_with_ours(
         "--ckpt_path", str(folder), "--data_path", str(output / "prompts.txt"),
         "--negative_data_path", str(output / "negative.txt"), "--init_latents", str(output / "start.npy"),
         "--save_latents", str(output / "final.npy"), "--sampling_steps", str(steps), "--scale", str(scale),
-        "--output_path", str(output), "--skip_grid", "--device_target", "CPU", "--log_level", "WARNING", *more,
+        "--output_path", str(output), "--skip_grid", "--device_target", "CPU", "--precision", "fp32",
+        "--log_level", "WARNING", *more,
     ])  # fmt: skip
     images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((output / "samples").glob("*.png"))]
     return np.load(output / "final.npy"), np.stack(images)

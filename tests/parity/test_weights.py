@@ -187,7 +187,7 @@ class TestImages:
         trained = train(TrainSettings(
             pretrained_model_path=str(tmp_path / "sd"), data_path=str(tmp_path / "data"), device_target="CPU",
             output_path=str(tmp_path / "run"), use_lora=True, lora_ft_text_encoder=True, lora_alpha=8.0,
-            train_batch_size=2, max_steps=6, start_learning_rate=0.05, log_level="WARNING",
+            train_batch_size=2, max_steps=6, start_learning_rate=0.05, precision="fp32", log_level="WARNING",
         ))  # fmt: skip
         lora = tmp_path / "pytorch_lora_weights.safetensors"
         write_lora(lora, read_lora(trained, config), "diffusers", config)

@@ -27,6 +27,10 @@ def restored_mode(graph_mode, monkeypatch):
     monkeypatch.setattr(device.ascend, "give_enough_threads", lambda: None)
 
 
+def unasked():
+    raise AssertionError("the kernels would have to be compiled")
+
+
 def ascend(dtype=ms.float16, soc="Ascend910B3"):
     return Runtime("Ascend", dtype, 0, 1, 0, soc)
 
@@ -63,13 +67,11 @@ def test_fp16_can_be_asked_for_on_the_cpu():
     setup_runtime("CPU")
 
 
-def test_bf16_is_of_the_cpu(monkeypatch):
+def test_bf16_is_of_the_cpu():
     runtime = setup_runtime("CPU", precision="bf16")
     assert (runtime.precision, runtime.bf16, runtime.fp16) == ("bf16", True, False)
-    monkeypatch.setattr(device, "processor_multiplies_bf16", lambda: True)
-    assert device.describe_runtime(runtime, False) == "device: CPU, bf16"
-    monkeypatch.setattr(device, "processor_multiplies_bf16", lambda: False)
-    assert "does not multiply: it saves memory, but costs time" in device.describe_runtime(runtime, False)
+    assert describe_runtime(runtime, False, lambda: True) == "device: CPU, bf16"
+    assert describe_runtime(runtime, False, lambda: False) == "device: CPU, bf16, slower than fp32 on this machine"
     fp32 = setup_runtime("CPU")
     assert (fp32.precision, fp32.bf16, fp32.with_compute_dtype(ms.bfloat16).precision) == ("fp32", False, "bf16")
     on_ascend = dataclasses.replace(fp32, device="Ascend")
@@ -88,15 +90,18 @@ def test_bf16_is_of_graph_mode():
         setup_runtime("CPU", mode=device.PYNATIVE, precision="bf16")
 
 
-def test_auto_is_what_automatic_precision_says_of_the_device_and_the_training(monkeypatch):
-    asked = []
-    monkeypatch.setattr(device, "automatic_precision", lambda *given: asked.append(given) or "bf16")
-    assert setup_runtime("CPU").bf16 and setup_runtime("CPU", trains_base_model=True).bf16
-    monkeypatch.setattr(device, "automatic_precision", lambda *given: asked.append(given) or "fp32")
-    setup_runtime("CPU", mode=device.PYNATIVE)
-    assert asked == [("CPU", False), ("CPU", True), ("CPU", True)]
-    monkeypatch.undo()
-    setup_runtime("CPU")
+@pytest.mark.parametrize("said", ["fp32", "bf16"])
+def test_auto_on_the_cpu_is_what_the_caller_says(said):
+    assert setup_runtime("CPU", automatic=lambda: said).precision == said
+    assert setup_runtime("CPU").precision == "fp32"
+
+
+def test_only_auto_in_graph_mode_on_the_cpu_asks_the_caller(pretended):
+    assert setup_runtime("CPU", precision="fp32", automatic=unasked).precision == "fp32"
+    assert setup_runtime("CPU", precision="bf16", automatic=unasked).precision == "bf16"
+    assert setup_runtime("CPU", mode=device.PYNATIVE, automatic=unasked).precision == "fp32"
+    pretended("Ascend910B3")
+    assert setup_runtime("Ascend", automatic=unasked).precision == "fp16"
 
 
 def test_the_seed_decides_the_initial_weights():
@@ -159,7 +164,7 @@ def test_a_rank_table_makes_it_o2_and_the_log_says_so(pretended, monkeypatch, ca
     monkeypatch.setenv("RANK_TABLE_FILE", "table.json")
     monkeypatch.setenv("DEVICE_ID", "1")
     runtime = setup_runtime("Ascend", jit_level="O0")
-    assert "jit_level O2," in describe_runtime(runtime, True) and "unset RANK_TABLE_FILE" in caplog.text
+    assert "jit_level O2," in describe_runtime(runtime, True, unasked) and "unset RANK_TABLE_FILE" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["", "Ascend310P3"])
@@ -205,11 +210,11 @@ def test_fp32_on_a_first_910_is_warned_of(pretended, caplog):
 def test_one_line_tells_how_an_ascend_runs(name, options, line, pretended):
     pretended(name)
     runtime = setup_runtime("Ascend", **options)
-    assert describe_runtime(runtime, decide_flash_attention(None, runtime)) == line
+    assert describe_runtime(runtime, decide_flash_attention(None, runtime), unasked) == line
 
 
 def test_one_line_tells_how_the_cpu_runs():
-    assert describe_runtime(setup_runtime("CPU"), False) == "device: CPU, fp32"
+    assert describe_runtime(setup_runtime("CPU"), False, unasked) == "device: CPU, fp32"
 
 
 def test_the_overflow_mode_is_set_before_an_ascend_is_looked_for(monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from ldm import ops
 from ldm.errors import UserError
 from ldm.generation.pipeline import Pipeline
 from ldm.lora.formats import read_lora
@@ -17,10 +18,15 @@ from ldm.lora.formats.mindone import write
 from ldm.lora.lora import LoRA
 from ldm.lora.updates import LoRALayer
 from ldm.models.layers import Conv2d, Linear
+from ldm.runtime import precision
 from ldm.runtime.device import setup_runtime
 from ldm.settings.model import load_model_config
+from ldm.training import setup
 from ldm.training.inputs import caches
+from ldm.training.loss_scale import LossScaler
+from ldm.training.setup import begin
 from ldm.training.trainer import run_steps, train
+from ldm.training.training_state import TrainingState, save_state
 from ldm.weights.arrays import to_bfloat16, widen
 from ldm.weights.checkpoint import read_checkpoint, write_checkpoint
 from tests.training.micro import MICRO, UNET, prepare
@@ -92,10 +98,10 @@ def test_a_killed_run_of_every_kind_resumes_bit_for_bit_and_its_base_model_stays
 
     (tmp_path / "half" / "ckpt").mkdir(parents=True)
     shutil.copy(folder / "state-00000001.safetensors", tmp_path / "half" / "ckpt")
-    train(settings(tmp_path / "half", **given, resume=True))
+    train(settings(tmp_path / "half", **{**given, "precision": "auto"}, resume=True))  # of a run in bf16, auto is bf16
     for name in ("state-00000002.safetensors", "lora.ckpt"):
         assert (tmp_path / "half" / "ckpt" / name).read_bytes() == (folder / name).read_bytes(), name
-    with pytest.raises(UserError, match="precision was bf16, is fp32"):
+    with pytest.raises(UserError, match=r"precision was bf16, is fp32 \(give --precision bf16\)"):
         prepare(settings(tmp_path / "half", **{**given, "precision": "fp32"}, resume=True))
 
 
@@ -144,11 +150,83 @@ def config_shape(pipeline, name) -> tuple[int, ...]:
     return tuple(pipeline.model.parameters_dict()[name].shape)
 
 
-def test_a_text_encoder_that_is_computed_twice_stays_fp32(settings, tmp_path):
-    model = prepare(settings(tmp_path / "run", **RECIPE, gradient_checkpointing=True)).model
-    for parameter in model.get_parameters():
-        held = is_held(parameter.name, model) and parameter.name.startswith(UNET)
+def test_a_text_encoder_that_is_computed_twice_stays_fp32_and_is_trained(settings, tmp_path):
+    run = prepare(settings(tmp_path / "run", **RECIPE, gradient_checkpointing=True))
+    for parameter in run.model.get_parameters():
+        held = is_held(parameter.name, run.model) and parameter.name.startswith(UNET)
         assert (parameter.dtype == ms.bfloat16) == held, parameter.name
+    run_steps(run)
+    layers = read_lora(tmp_path / "run" / "ckpt" / "lora.ckpt").layers
+    trained = {name.startswith(UNET) for name, layer in layers.items() if np.abs(layer.up).max() > 0}
+    assert trained == {True, False} and all(np.isfinite(layer.up).all() for layer in layers.values())
+
+
+@pytest.mark.processes
+def test_a_unet_that_is_computed_twice_is_trained_as_without(settings, tmp_path):
+    given = {"precision": "bf16", "use_lora": True, "start_learning_rate": 1e-2, "max_steps": 2}
+    loras = []
+    for name, twice in (("once", False), ("twice", True)):
+        run_steps(prepare(settings(tmp_path / name, **given, gradient_checkpointing=twice)))
+        loras.append(read_lora(tmp_path / name / "ckpt" / "lora.ckpt").layers)
+    once, twice = loras
+    assert list(once) == list(twice) and len(once) > 4
+    for name, layer in once.items():
+        assert np.abs(layer.up).max() > 0.005, name  # two steps of AdamW at 1e-2
+        np.testing.assert_allclose(twice[name].up, layer.up, rtol=0, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("begun_in", "multiplies", "found", "said"),
+    [
+        ("bf16", True, "bf16", ""),
+        ("bf16", False, "bf16", "precision bf16, in which this run was begun. Without kernels that multiply it"),
+        ("fp32", True, "fp32", "precision fp32, in which this run was begun, where auto is bf16"),
+        ("fp32", False, "fp32", ""),
+        ("fp16", False, "fp32", ""),  # of an Ascend: refused later, as it was
+        (None, True, "bf16", ""),
+        (None, False, "fp32", ""),
+    ],
+)
+def test_auto_of_a_resumed_run_is_what_it_was_begun_in(
+    settings, tmp_path, monkeypatch, caplog, begun_in, multiplies, found, said
+):
+    monkeypatch.setattr(precision, "AUTOMATIC_BF16", True)
+    monkeypatch.setattr(setup, "multiplies_bf16", lambda: multiplies)
+    (tmp_path / "ckpt").mkdir()
+    if begun_in:
+        scaler = LossScaler(1.0, False).state()
+        save_state(tmp_path / "ckpt", TrainingState(3, {}, scaler, {"precision": begun_in}))
+        (tmp_path / "ckpt" / "state-00000004.safetensors").write_bytes(b"damaged")  # the one before it is taken
+    with caplog.at_level("INFO", "ldm.training.setup"):
+        assert begin(settings(tmp_path, use_lora=True, resume=True, precision="auto")).precision == found
+    assert (said in caplog.text) if said else "begun" not in caplog.text
+    for given in ("fp32", "bf16"):
+        assert begin(settings(tmp_path, use_lora=True, resume=True, precision=given)).precision == given
+    setup_runtime("CPU")
+
+
+def test_a_training_of_the_whole_unet_stays_fp32(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "AUTOMATIC_BF16", True)
+    monkeypatch.setattr(setup, "multiplies_bf16", lambda: True)
+    given = {"precision": "auto"}
+    assert begin(settings(tmp_path / "run", **given)).precision == "fp32"
+    (tmp_path / "lora.json").write_text(json.dumps({"to_q": {"r": 2}, "trainable_model": 1}))
+    given["use_lora"] = True
+    assert begin(settings(tmp_path / "run", **given, lora_config=tmp_path / "lora.json")).precision == "fp32"
+    assert begin(settings(tmp_path / "run", **given)).precision == "bf16"
+    setup_runtime("CPU")
+
+
+@pytest.mark.parametrize(("library", "warnings"), [(None, 1), ("kernels.so", 0)])
+def test_bf16_without_kernels_is_warned_of_once(monkeypatch, caplog, library, warnings):
+    monkeypatch.setattr(ops, "kernel_library", lambda: library)
+    monkeypatch.setattr(ops, "multiplies_bf16", lambda: False)
+    ops._warn_of_bf16_without_kernels.cache_clear()
+    for _ in range(2):
+        ops.linear(has_bias=False, bf16_weight=True)
+        ops.linear(has_bias=False)
+    assert len(caplog.records) == warnings and ("install g++" in caplog.text) == bool(warnings)
+    ops._warn_of_bf16_without_kernels.cache_clear()
 
 
 def test_a_training_of_the_base_model_beside_a_lora_is_refused(settings, tmp_path):

@@ -51,7 +51,8 @@ TWO_CORES = [row for row in TABLE if row.threads == 2]
 
 
 def made(**settings):
-    return TrainSettings(**{"use_lora": True, "device_target": "CPU", **settings})
+    """The figures are of fp32, which is not what auto is on every machine."""
+    return TrainSettings(**{"use_lora": True, "device_target": "CPU", "precision": "fp32", **settings})
 
 
 def estimated(model="sd1", pixels=512, batch=4, **settings):
@@ -268,7 +269,7 @@ def test_the_parameters_of_a_lora_are_counted_before_it_is_built(model, given):
     assert lora_parameters(settings, CONFIGS[model]) == sum(p.size for p in network.trainable_params())
 
 
-def test_a_larger_lora_adds_itself_its_gradients_and_its_moments():
+def test_a_larger_lora_adds_itself_its_gradients_and_its_moments(tmp_path):
     count = lora_parameters(made(), CONFIGS["sd1"])
     assert added(lora_rank=64) == pytest.approx(15 * count * 4 * 4 / GB)
     assert estimated(lora_rank=64).seconds == estimated().seconds
@@ -276,7 +277,9 @@ def test_a_larger_lora_adds_itself_its_gradients_and_its_moments():
     assert any("text encoder's own" in note for note in estimated(lora_ft_text_encoder=True).notes)
     assert any("layers other than all of attention" in note for note in estimated(conv_dim=4).notes)
     assert any("LoHa, LoKr and DoRA take" in note for note in estimated(dora_wd=True).notes)
-    assert any("ranks of lora_config" in note for note in estimated(lora_config="modules.json").notes)
+    (tmp_path / "modules.json").write_text("{}")
+    modules = str(tmp_path / "modules.json")
+    assert any("ranks of lora_config" in note for note in estimated(lora_config=modules).notes)
 
 
 # What was not measured
@@ -312,6 +315,35 @@ def test_bf16_takes_half_of_the_held_weights_off_and_says_that_it_was_not_measur
     assert found.seconds == in_fp32.seconds
     assert any("not measured: training in bf16" in note for note in found.notes)
     assert not any("bf16" in note for note in in_fp32.notes)
+
+
+def test_a_text_encoder_that_is_computed_twice_keeps_its_weights():
+    sizes = [
+        estimated("nano", precision=kind, lora_ft_text_encoder=True, gradient_checkpointing=True).memory_gb
+        for kind in ("fp32", "bf16")
+    ]
+    assert sizes[0] - sizes[1] == pytest.approx(2 * unet_parameters(**CONFIGS["nano"].unet) / GB)
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_auto_is_estimated_as_what_it_is_expected_to_be(monkeypatch, expected):
+    monkeypatch.setattr("ldm.runtime.precision.AUTOMATIC_BF16", True)
+    monkeypatch.setattr("ldm.training.estimate.kernels_are_expected_to_multiply_bf16", lambda: expected)
+    found, given = (estimated("nano", precision=name) for name in ("auto", "bf16" if expected else "fp32"))
+    assert found.memory_gb == given.memory_gb
+    assert any("precision auto is expected to be bf16" in note for note in found.notes) == expected
+    assert not any("expected" in note for note in given.notes)
+    in_pynative = [estimated("nano", mode=1, precision=name).memory_gb for name in ("auto", "fp32")]
+    assert in_pynative[0] == in_pynative[1]
+
+
+def test_bf16_that_a_training_refuses_gets_no_estimate(tmp_path):
+    with pytest.raises(UserError, match="bf16 is for graph mode"):
+        made(precision="bf16", mode=1)
+    (tmp_path / "lora.json").write_text('{"to_q": {"r": 2}, "trainable_model": 1}')
+    paths = dict(pretrained_model_path=NANO, data_path=str(tmp_path), lora_config=str(tmp_path / "lora.json"))
+    with pytest.raises(UserError, match="trainable_model in lora_config trains them: use auto or fp32"):
+        print_estimate(made(**paths, precision="bf16"))
 
 
 def test_a_unet_of_other_sizes_gets_no_figure():
@@ -387,7 +419,8 @@ SCRIPT = "import sys, train_text_to_image\ntrain_text_to_image.main()\nprint('mi
 
 @pytest.mark.parametrize("command", [["train_text_to_image.py"], ["-c", SCRIPT]], ids=["script", "without MindSpore"])
 def test_the_script_prints_and_ends_and_writes_nothing(tmp_path, no_data, command):
-    arguments = [sys.executable, *command, *flags(tmp_path, no_data), "--device_target=CPU", "--max_steps=10"]
+    measured = ["--device_target=CPU", "--precision=fp32"]
+    arguments = [sys.executable, *command, *flags(tmp_path, no_data), *measured, "--max_steps=10"]
     run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stderr) == (0, "")
     lines = run.stdout.splitlines()

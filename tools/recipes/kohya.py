@@ -57,7 +57,7 @@ OPTIMIZERS = {
 PRECISIONS = {
     "no": ("fp32", ""),
     "fp16": ("fp16", ""),
-    "bf16": ("auto", "fp16 on Ascend, fp32 on the CPU, where precision bf16 can be given"),
+    "bf16": ("auto", "fp16 on Ascend; on the CPU bf16 where its kernels multiply it, else fp32"),
 }
 
 

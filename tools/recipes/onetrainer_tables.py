@@ -62,7 +62,7 @@ PRECISIONS = {
     "FLOAT_16": ("fp16", ""),
     "FLOAT_32": ("fp32", ""),
     "TFLOAT_32": ("fp32", "there products are rounded to 10 bits"),
-    "BFLOAT_16": ("auto", "fp16 on Ascend, fp32 on the CPU, where precision bf16 can be given"),
+    "BFLOAT_16": ("auto", "fp16 on Ascend; on the CPU bf16 where its kernels multiply it, else fp32"),
 }
 SAVED_AS = {"SAFETENSORS": "safetensors", "KOHYA_LORA": "safetensors", "COMFY_LORA": "safetensors",
             "LEGACY_SAFETENSORS": "safetensors", "CKPT": "ckpt"}  # fmt: skip

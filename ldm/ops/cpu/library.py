@@ -26,6 +26,7 @@ from pathlib import Path
 import mindspore as ms
 
 from ldm.files.atomic import atomic_path
+from ldm.runtime.processor import cpuinfo, instruction_sets
 from ldm.runtime.versions import onednn_library
 
 logger = logging.getLogger(__name__)
@@ -203,7 +204,4 @@ def _output(command: list[str], environment: dict[str, str] | None = None) -> by
 
 def processor() -> str:
     """Return the processor's architecture and instruction sets, which NATIVE compiles for."""
-    for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-        if line.startswith(("flags", "Features")):
-            return f"{platform.machine()} {line}"
-    return platform.machine()
+    return f"{platform.machine()} {instruction_sets(cpuinfo())}"

@@ -15,6 +15,7 @@ import PIL
 
 from ldm.data.sources.row_file import RowFile
 from ldm.data.training_data import TrainingData
+from ldm.runtime.processor import cpuinfo
 from ldm.runtime.versions import package_version
 from ldm.training.checks import image_size
 
@@ -97,15 +98,8 @@ def describe_environment(run: Run) -> dict[str, Any]:
 
 def _processor() -> str:
     """Return the processor's name, as Linux knows it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                name, _, value = line.partition(":")
-                if name.strip() in ("model name", "Model"):
-                    return value.strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    info = cpuinfo()
+    return info.get("model name") or info.get("Model") or platform.processor() or platform.machine()
 
 
 def begin_session(step: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ldm.files.inputs import is_file, is_there
 from ldm.generation.image_files import write_png
 from ldm.generation.pipeline import Pipeline
 from ldm.metrics.report import write_json
+from ldm.runtime.device import current_runtime
 from tools.eval.comparison.stages import read_json_or_none
 
 RECORD = "drawn_from.json"  # in a folder of images: everything that they depend on
@@ -53,7 +54,7 @@ class Drawing:
         Raises:
             UserError: The folder holds something else, or a LoRA does not fit the model.
         """
-        record = {**self.inputs, **inputs, "prompts": list(self.prompts), "seed": self.seed}
+        record = {**self.inputs, **inputs, **_bf16(), "prompts": list(self.prompts), "seed": self.seed}
         record = json.loads(json.dumps({**record, "sampling": repr(self.sampling)}))
         begin_folder(folder, record)
         files = self.files(folder)
@@ -79,6 +80,12 @@ class Drawing:
     def files(self, folder: Path) -> list[Path]:
         """Return the files of a folder's images, in the order of the prompts."""
         return [folder / f"{i:05d}.png" for i in range(len(self.prompts))]
+
+
+def _bf16() -> dict[str, str]:
+    """Return the entry of a record in bf16. There is none in fp32, so that images of earlier versions are kept."""
+    runtime = current_runtime()
+    return {"precision": "bf16"} if runtime is not None and runtime.bf16 else {}
 
 
 def begin_folder(folder: Path, record: Mapping[str, Any]) -> None:
