@@ -10,6 +10,7 @@ from mindspore import Parameter, Tensor, nn
 from ldm import ops as operators
 from ldm.ops import cpu
 from ldm.ops.cpu.library import multiplies_bf16
+from ldm.weights.arrays import to_bfloat16, widen
 from tests.ops.helpers import needs_compiler, normal
 
 pytestmark = [pytest.mark.usefixtures("graph_mode"), needs_compiler]
@@ -17,13 +18,12 @@ pytestmark = [pytest.mark.usefixtures("graph_mode"), needs_compiler]
 KERNEL = pytest.param(
     True, id="kernel", marks=pytest.mark.skipif(not multiplies_bf16(), reason="this processor has no AVX512-BF16")
 )
-FORMS = pytest.mark.parametrize("has_kernel", [KERNEL, pytest.param(False, id="cast")])
+FORMS = pytest.mark.parametrize("has_kernel", [KERNEL, pytest.param(False, id="unpacked")])
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
-    """Round to bf16, ties to even, and return fp32."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    """Round to bf16 and return fp32."""
+    return widen(to_bfloat16(x)).reshape(x.shape)
 
 
 class Layer(nn.Cell):
@@ -58,11 +58,12 @@ def test_rounding_is_mindspores():
 @FORMS
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs"),
-    [(1, 2, 2), (5, 34, 50), (97, 258, 66), (13, 520, 514), (1020, 64, 130), (3, 7, 4), (3, 4, 7)],
+    [(1, 2, 2), (5, 34, 50), (97, 258, 66), (13, 520, 514), (1030, 64, 130), (1030, 520, 514), (3, 7, 4), (3, 4, 7)],
 )
 def test_linear(has_kernel, rows, inputs, outputs):
     x, weight, dy = normal(rows, inputs), normal(outputs, inputs, seed=1), normal(rows, outputs, seed=2)
-    y, dx = value_and_gradient(cpu.Bf16MatMul(has_kernel), x, weight, dy)
+    product = cpu.Bf16MatMul() if has_kernel else cpu.UnpackedMatMul()
+    y, dx = value_and_gradient(product, x, weight, dy)
     in_pairs = has_kernel and inputs % 2 == outputs % 2 == 0
     of = rounded if in_pairs else np.asarray
     held = rounded(weight).astype(np.float64)
@@ -100,9 +101,11 @@ def turned(weight: np.ndarray) -> np.ndarray:
 def test_convolution(has_kernel, shape, outputs, side):
     x, weight = normal(*shape), normal(outputs, shape[1], side, side, seed=1)
     dy = normal(shape[0], outputs, *shape[2:], seed=2)
-    product = cpu.Bf16Conv2d(outputs, side, 1, side // 2, has_kernel)
     if has_kernel:
+        product = cpu.Bf16Conv2d(outputs, side)
         product.is_3x3 = False  # the direct kernel, whatever the size
+    else:
+        product = cpu.UnpackedConv2d(outputs, side, 1, side // 2)
     y, dx = value_and_gradient(product, x, weight, dy)
     of = rounded if has_kernel and shape[1] % 2 == outputs % 2 == 0 else np.asarray
     held = rounded(weight)
@@ -115,7 +118,7 @@ def test_convolution(has_kernel, shape, outputs, side):
 def test_convolution_by_winograd(has_kernel, shape, outputs):
     """Small integers are exact, so that nothing but rounding can differ for other numbers."""
     assert shape[0] * shape[2] * shape[3] > cpu.FEW_PIXELS
-    product = cpu.Bf16Conv2d(outputs, 3, 1, 1, has_kernel)
+    product = cpu.Bf16Conv2d(outputs, 3)
     rng = np.random.default_rng(0)
     x, dy = (rng.integers(-8, 9, (shape[0], c, *shape[2:])).astype(np.float32) for c in (shape[1], outputs))
     weight = 4 * rng.integers(-8, 9, (outputs, shape[1], 3, 3)).astype(np.float32)
@@ -126,6 +129,31 @@ def test_convolution_by_winograd(has_kernel, shape, outputs):
     y, dx = value_and_gradient(product, x, weight, dy)
     for actual, exact in ((y, convolve(x, weight)), (dx, convolve(dy, turned(weight)))):
         assert np.sqrt(np.mean((actual - exact) ** 2) / np.mean(exact**2)) < 6e-3
+
+
+class Fp32Layer(nn.Cell):
+    """A convolution with a frozen weight in fp32."""
+
+    def __init__(self, convolution: nn.Cell, weight: np.ndarray):
+        super().__init__()
+        self.convolution = convolution
+        self.weight = Parameter(Tensor(weight), name="weight", requires_grad=False)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.convolution(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("shape", "outputs"), [((3, 19, 20, 21), 17), ((1, 16, 16, 16), 33), ((1, 18, 15, 17), 20), ((1, 8, 40, 9), 20)]
+)
+def test_an_unpacked_3x3_convolution_is_that_of_fp32_with_the_rounded_weight(shape, outputs):
+    """To the last bit, by Winograd's algorithm or, for few pixels or channels, without."""
+    x, weight = normal(*shape), normal(outputs, shape[1], 3, 3, seed=1)
+    dy = Tensor(normal(shape[0], outputs, *shape[2:], seed=2))
+    y, dx = value_and_gradient(cpu.UnpackedConv2d(outputs, 3, 1, 1), x, weight, dy.asnumpy())
+    fp32 = Fp32Layer(operators.conv2d(outputs, 3, 1, 1, False).convolution, rounded(weight))
+    np.testing.assert_array_equal(y, fp32(Tensor(x)).asnumpy())
+    np.testing.assert_array_equal(dx, ms.ops.GradOperation(sens_param=True)(fp32)(Tensor(x), dy).asnumpy())
 
 
 def test_convolution_that_halves_the_size():
@@ -191,7 +219,7 @@ def test_a_value_that_is_not_finite_is_not_hidden(has_kernel):
     attention = Attention(cpu.MultiHeadAttention(2, False, True), 1)
     out = attention(Tensor(q), Tensor(k), Tensor(v)).asnumpy()
     assert np.isnan(out[1, :8]).all() and np.isfinite(np.delete(out, 1, 0)).all() and np.isfinite(out[1, 8:]).all()
-    y, _ = value_and_gradient(cpu.Bf16MatMul(True), q, normal(4, 16), normal(3, 4))
+    y, _ = value_and_gradient(cpu.Bf16MatMul(), q, normal(4, 16), normal(3, 4))
     assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all()
 
 

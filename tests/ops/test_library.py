@@ -1,5 +1,5 @@
-"""kernels.cc: compiled once, and done without where that is not possible. What its functions compute is tested in
-test_ops.py and test_attention.py."""
+"""kernels.cc: compiled once, done without where that is not possible, the same for any number of threads, and strict about
+its inputs. What its functions compute is tested in test_ops.py, test_attention.py and test_bf16.py."""
 
 from __future__ import annotations
 
@@ -363,11 +363,11 @@ def test_channels_that_do_not_fit_are_refused():
         ).asnumpy()
     if ops.multiplies_bf16():
         with pytest.raises(RuntimeError, match="linear_bf16"):
-            cpu.Bf16MatMul(True)(Tensor(np.ones((4, 10), np.float32)), weight_in_bf16(6, 12)).asnumpy()
+            cpu.Bf16MatMul()(Tensor(np.ones((4, 10), np.float32)), weight_in_bf16(6, 12)).asnumpy()
         with pytest.raises(RuntimeError, match="conv_bf16"):
             ops.conv2d(16, 1, 1, 0, False, True)(x, weight_in_bf16(16, 32, 1, 1), None, ms.float32).asnumpy()
         with pytest.raises(RuntimeError, match="linear_bf16"):  # the weight is fp32
-            cpu.Bf16MatMul(True)(Tensor(np.ones((4, 10), np.float32)), Tensor(np.ones((6, 10), np.float32))).asnumpy()
+            cpu.Bf16MatMul()(Tensor(np.ones((4, 10), np.float32)), Tensor(np.ones((6, 10), np.float32))).asnumpy()
     rows = Tensor(np.ones((4, 10), np.float32))
     with pytest.raises(RuntimeError, match="attention"):
         ops.attention(3, 3)(rows, rows, rows, 1).asnumpy()

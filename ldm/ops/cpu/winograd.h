@@ -22,7 +22,8 @@ struct Winograd {
         tiles(images * down * across) {}
 
   // `transposed`: the weight is (in, out, 3, 3) and rotated by 180 degrees, which gives the gradient for the input.
-  int convolve(bool valid, const float *x, const float *weight, bool transposed, float *u, float *y) const {
+  template <typename Weight>
+  int convolve(bool valid, const float *x, const Weight *weight, bool transposed, float *u, float *y) const {
     int failed = run(valid, out, 16 * out * in, [&](int64_t first, int64_t end) {
       Scratch scratch(9 * in);
       for (int64_t o = first; o < end; o++) transform_weight(weight, transposed, o, scratch.data(), u + 16 * o * in);
@@ -144,20 +145,25 @@ struct Winograd {
   }
 };
 
+// The weight is fp32, or bf16, of which the values are those that fp32 has for them.
+int winograd(bool transposed, int count, float **p, int64_t **shapes, const char **types) {
+  Winograd w(shapes[0], shapes[2][1]);
+  bool fits = shapes[1][transposed ? 0 : 1] == w.in && shapes[1][2] == 3 && shapes[1][3] == 3;
+  if (is_bf16(types[1])) {
+    bool valid = count == 4 && has_bf16_weight(3, types) && all_float32(1, types + 3);
+    return w.convolve(fits && valid, p[0], reinterpret_cast<const Bf16 *>(p[1]), transposed, p[3], p[2]);
+  }
+  return w.convolve(fits && all_float32(count, types), p[0], p[1], transposed, p[3], p[2]);
+}
+
 }  // namespace
 
 extern "C" {
 
 // x (N, in, H, W), weight (out, in, 3, 3) -> y, and u (out, 16, in) which is intermediate memory
-int convolution(ARGUMENTS) {
-  Winograd w(shapes[0], shapes[2][1]);
-  return w.convolve(all_float32(count, types) && shapes[1][1] == w.in, p[0], p[1], false, p[3], p[2]);
-}
+int convolution(ARGUMENTS) { return winograd(false, count, p, shapes, types); }
 
 // dy (N, out, H, W), weight (out, in, 3, 3) -> dx, and u (in, 16, out) which is intermediate memory
-int convolution_dx(ARGUMENTS) {
-  Winograd w(shapes[0], shapes[2][1]);
-  return w.convolve(all_float32(count, types) && shapes[1][0] == w.in, p[0], p[1], true, p[3], p[2]);
-}
+int convolution_dx(ARGUMENTS) { return winograd(true, count, p, shapes, types); }
 
 }  // extern "C"
