@@ -212,15 +212,56 @@ def test_attention_of_values_that_bf16_holds_is_fp32s(has_kernel):
     np.testing.assert_allclose(equal, np.repeat(v.mean(0, keepdims=True), 7, 0), atol=1e-6)
 
 
-@pytest.mark.parametrize("has_kernel", [KERNEL])
-def test_a_value_that_is_not_finite_is_not_hidden(has_kernel):
-    q, k, v = normal(3, 16), normal(20, 16, seed=1), normal(20, 16, seed=2)
-    q[1, 3] = np.nan
-    attention = Attention(cpu.MultiHeadAttention(2, False, True), 1)
-    out = attention(Tensor(q), Tensor(k), Tensor(v)).asnumpy()
-    assert np.isnan(out[1, :8]).all() and np.isfinite(np.delete(out, 1, 0)).all() and np.isfinite(out[1, 8:]).all()
-    y, _ = value_and_gradient(cpu.Bf16MatMul(), q, normal(4, 16), normal(3, 4))
-    assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all()
+@pytest.mark.parametrize("bf16", [KERNEL, pytest.param(False, id="fp32")])
+def test_attention_hides_no_nan(bf16):
+    """A NaN in the first head of each input in turn reaches what it is a factor of, and nothing of the second head."""
+    attention = Attention(cpu.MultiHeadAttention(2, False, bf16), 1)
+    gradients = ms.ops.GradOperation(get_all=True, sens_param=True)(attention)
+    token, channel, head = 49, 3, slice(8)
+    reached = {  # the rows and channels that become NaN
+        "q": {"out": (token, head), "dq": (token, head), "dk": (slice(None), head), "dv": (slice(None), head)},
+        "k": dict.fromkeys(("out", "dq", "dk", "dv"), (slice(None), head)),
+        "v": {"out": (slice(None), channel), "dq": (slice(None), head), "dk": (slice(None), head)},
+        "dout": {"dq": (token, head), "dk": (slice(None), head), "dv": (slice(None), channel)},
+    }
+    for name, places in reached.items():
+        given = {"q": normal(51, 16), "k": normal(51, 16, seed=1), "v": normal(51, 16, seed=2), "dout": normal(51, 16)}
+        given[name][token, channel] = np.nan
+        q, k, v, dout = (Tensor(x) for x in given.values())
+        results = dict(zip(("out", "dq", "dk", "dv"), (attention(q, k, v), *gradients(q, k, v, dout))))
+        for result, found in results.items():
+            expected = np.zeros((51, 16), bool)
+            if result in places:
+                expected[places[result]] = True
+            np.testing.assert_array_equal(np.isnan(found.asnumpy()), expected, f"{result} for a NaN in {name}")
+
+
+@FORMS
+def test_products_hide_no_nan(has_kernel):
+    x, weight, dy = normal(3, 16), normal(4, 16, seed=1), normal(3, 4, seed=2)
+    x[1, 3] = dy[2, 0] = weight[1, 5] = np.nan
+    y, dx = value_and_gradient(cpu.Bf16MatMul() if has_kernel else cpu.UnpackedMatMul(), x, weight, dy)
+    expected = np.zeros(y.shape, bool)
+    expected[1], expected[:, 1] = True, True
+    np.testing.assert_array_equal(np.isnan(y), expected)
+    expected = np.zeros(x.shape, bool)
+    expected[2], expected[:, 5] = True, True
+    np.testing.assert_array_equal(np.isnan(dx), expected)
+
+
+@FORMS
+@pytest.mark.parametrize("size", [8, 20], ids=["direct", "winograd"])
+def test_convolutions_hide_no_nan(has_kernel, size):
+    """Winograd's algorithm takes 2x2 pixels at a time: those may become NaN with one of them."""
+    x, weight, dy = normal(1, 16, size, size), normal(18, 16, 3, 3, seed=1), normal(1, 18, size, size, seed=2)
+    x[0, 3, 4, 6] = dy[0, 5, 5, 3] = np.nan
+    product = cpu.Bf16Conv2d(18, 3) if has_kernel else cpu.UnpackedConv2d(18, 3, 1, 1)
+    y, dx = value_and_gradient(product, x, weight, dy)
+    for found, row, column in ((y, 4, 6), (dx, 5, 3)):
+        near, wide = np.zeros((2, *found.shape), bool)
+        near[:, :, row - 1 : row + 2, column - 1 : column + 2] = True
+        wide[:, :, row - 2 : row + 3, column - 2 : column + 3] = True
+        assert np.isnan(found[near]).all() and np.isfinite(found[~wide]).all()
 
 
 def test_causal_attention_stays_fp32():

@@ -313,11 +313,11 @@ class UnpackedConv2d(nn.Cell):
 
 
 class Bf16Conv2d(nn.Cell):
-    """(x (N, C, H, W) fp32, weight (O, C, k, k) bf16) -> (N, O, H, W) fp32, for k of 1 or 3, without a weight's gradient.
+    """(x (N, C, H, W) fp32, weight (O, C, k, k) bf16) -> (N, O, H, W) fp32, for k of 1 or 3.
 
-    The kernels round x to bf16 and add up in fp32. An odd number of channels is left to UnpackedConv2d. Winograd's
-    algorithm rounds the transformed x and weight, so its errors are 1.8 times those of the other kernel. It takes 0.6
-    of its time, except for few pixels.
+    The weight has no gradient. The kernels round x to bf16 and add up in fp32. An odd number of channels is left to
+    UnpackedConv2d. Winograd's algorithm rounds the transformed x and weight, so its errors are 1.8 times those of the
+    other kernel. It takes 0.6 of its time, except for few pixels.
     """
 
     def __init__(self, out_channels: int, kernel_size: int):
