@@ -54,8 +54,8 @@ struct HeadsBf16 : Heads {
   // out (count, dim) = rows (count, keys) x, for x from in_panels. The rows are `width` pairs apart.
   void multiply_by_keys(int64_t count, const Pair *rows, const Pair *x, float *out, int64_t ldc) const {
     for (int64_t key = 0; key < keys; key += KEYS) {
-      int64_t some = (std::min(KEYS, keys - key) + 1) / 2;
-      multiply(count, dim, {rows + key / 2, width, 0, 1, some}, x + key / 2 * panels * PANEL, out, ldc, key > 0);
+      int64_t key_pairs = (std::min(KEYS, keys - key) + 1) / 2;
+      multiply(count, dim, {rows + key / 2, width, 0, 1, key_pairs}, x + key / 2 * panels * PANEL, out, ldc, key > 0);
     }
   }
 

@@ -78,13 +78,13 @@ struct Winograd {
     }
   }
 
-  // Calls each(offset, image, row, column, some) for runs of `some` tiles side by side, from first to first + count.
-  template <typename Each>
-  void for_strips(int64_t first, int64_t count, const Each &each) const {
+  // Calls visit(offset, image, row, column, length) for runs of `length` tiles side by side, from first to first + count.
+  template <typename Visit>
+  void for_strips(int64_t first, int64_t count, const Visit &visit) const {
     for (int64_t offset = 0; offset < count;) {
-      int64_t tile = first + offset, column = tile % across, some = std::min(count - offset, across - column);
-      each(offset, tile / across / down, tile / across % down, column, some);
-      offset += some;
+      int64_t tile = first + offset, column = tile % across, length = std::min(count - offset, across - column);
+      visit(offset, tile / across / down, tile / across % down, column, length);
+      offset += length;
     }
   }
 
@@ -94,13 +94,13 @@ struct Winograd {
   // B^T d B of each tile d of an input channel, to v (16, count)
   void transform_input(const float *x, int64_t channel, int64_t first, int64_t count, float *lines, float *v) const {
     const float *zeros = lines + 4 * line();
-    for_strips(first, count, [&](int64_t offset, int64_t image, int64_t row, int64_t column, int64_t some) {
+    for_strips(first, count, [&](int64_t offset, int64_t image, int64_t row, int64_t column, int64_t length) {
       const float *plane = x + (image * in + channel) * height * width, *d[4];
       for (int64_t k = 0; k < 4; k++) {
         int64_t above = 2 * row - 1 + k;
         d[k] = above < 0 || above >= height ? zeros : plane + above * width;
       }
-      int64_t from = std::max<int64_t>(0, 2 * column - 1), end = std::min(width, 2 * (column + some) + 1);
+      int64_t from = std::max<int64_t>(0, 2 * column - 1), end = std::min(width, 2 * (column + length) + 1);
       float *line0 = lines + 1, *line1 = line0 + line(), *line2 = line1 + line(), *line3 = line2 + line();
       const float *d0 = d[0], *d1 = d[1], *d2 = d[2], *d3 = d[3];
 #pragma omp simd
@@ -111,7 +111,7 @@ struct Winograd {
         const float *from_line = lines + k * line() + 2 * column;
         float *to = v + 4 * k * count + offset;
 #pragma omp simd
-        for (int64_t j = 0; j < some; j++) {
+        for (int64_t j = 0; j < length; j++) {
           float a = from_line[2 * j], b = from_line[2 * j + 1], c = from_line[2 * j + 2], e = from_line[2 * j + 3];
           to[j] = a - c, to[count + j] = b + c, to[2 * count + j] = c - b, to[3 * count + j] = b - e;
         }
@@ -123,10 +123,10 @@ struct Winograd {
   void transform_output(const float *m, int64_t first, int64_t count, int64_t channel, int64_t channels, float *lines,
             float *y) const {
     for (int64_t o = 0; o < channels; o++) {
-      for_strips(first, count, [&](int64_t offset, int64_t image, int64_t row, int64_t column, int64_t some) {
+      for_strips(first, count, [&](int64_t offset, int64_t image, int64_t row, int64_t column, int64_t length) {
         float *upper = lines, *lower = lines + line();
 #pragma omp simd
-        for (int64_t j = 0; j < some; j++) {
+        for (int64_t j = 0; j < length; j++) {
           const float *from = m + 16 * o * count + offset + j;
           float above[4], below[4];
           for (int64_t k = 0; k < 4; k++) {
@@ -137,7 +137,7 @@ struct Winograd {
           lower[2 * j] = below[0] + below[1] + below[2], lower[2 * j + 1] = below[1] - below[2] - below[3];
         }
         float *to = y + ((image * out + channel + o) * height + 2 * row) * width + 2 * column;
-        int64_t within = std::min(2 * some, width - 2 * column);
+        int64_t within = std::min(2 * length, width - 2 * column);
         std::copy(upper, upper + within, to);
         if (2 * row + 1 < height) std::copy(lower, lower + within, to + width);
       });
