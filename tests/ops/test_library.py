@@ -379,13 +379,28 @@ def test_channels_that_do_not_fit_are_refused():
         ops.conv2d(16, 3, 1, 1, has_bias=False)(
             x, Tensor(np.ones((16, 32, 3, 3), np.float32)), None, ms.float32
         ).asnumpy()
+    rows = Tensor(np.ones((4, 10), np.float32))
+    with pytest.raises(RuntimeError, match="linear_unpacked"):
+        cpu.UnpackedMatMul()(rows, weight_in_bf16(6, 12)).asnumpy()
+    with pytest.raises(RuntimeError, match="linear_unpacked"):  # the weight is fp32
+        cpu.UnpackedMatMul()(rows, Tensor(np.ones((6, 10), np.float32))).asnumpy()
+    with pytest.raises(RuntimeError, match="linear_unpacked_dx"):
+        cpu.UnpackedMatMul().product_dx(rows, weight_in_bf16(12, 6)).asnumpy()
+    convolution, convolution_dx = cpu.winograd_kernels()
+    for kernel, given, shape in (
+        (convolution, x, (16, 32, 3, 3)),
+        (convolution_dx, x, (32, 16, 3, 3)),
+        (convolution, x, (16, 16, 1, 1)),
+        (convolution, x.astype(ms.float16), (16, 16, 3, 3)),
+    ):
+        with pytest.raises(RuntimeError, match="convolution"):
+            kernel(given, weight_in_bf16(*shape))[0].asnumpy()
     if ops.multiplies_bf16():
         with pytest.raises(RuntimeError, match="linear_bf16"):
-            cpu.Bf16MatMul()(Tensor(np.ones((4, 10), np.float32)), weight_in_bf16(6, 12)).asnumpy()
+            cpu.Bf16MatMul()(rows, weight_in_bf16(6, 12)).asnumpy()
         with pytest.raises(RuntimeError, match="conv_bf16"):
             ops.conv2d(16, 1, 1, 0, False, True)(x, weight_in_bf16(16, 32, 1, 1), None, ms.float32).asnumpy()
         with pytest.raises(RuntimeError, match="linear_bf16"):  # the weight is fp32
-            cpu.Bf16MatMul()(Tensor(np.ones((4, 10), np.float32)), Tensor(np.ones((6, 10), np.float32))).asnumpy()
-    rows = Tensor(np.ones((4, 10), np.float32))
+            cpu.Bf16MatMul()(rows, Tensor(np.ones((6, 10), np.float32))).asnumpy()
     with pytest.raises(RuntimeError, match="attention"):
         ops.attention(3, 3)(rows, rows, rows, 1).asnumpy()
