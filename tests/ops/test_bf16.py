@@ -131,6 +131,18 @@ def test_convolution_by_winograd(has_kernel, shape, outputs):
         assert np.sqrt(np.mean((actual - exact) ** 2) / np.mean(exact**2)) < 6e-3
 
 
+def test_without_kernels_weights_are_unpacked_by_mindspore(monkeypatch):
+    monkeypatch.setattr(cpu, "kernel_library", lambda: None)
+    x, weight, dy = normal(5, 34), normal(50, 34, seed=1), normal(5, 50, seed=2)
+    y, dx = value_and_gradient(cpu.UnpackedMatMul(), x, weight, dy)
+    assert_near(y, x.astype(np.float64) @ rounded(weight).T, 2e-6)
+    assert_near(dx, dy.astype(np.float64) @ rounded(weight), 2e-6)
+    x, weight, dy = normal(1, 16, 16, 16), normal(18, 16, 3, 3, seed=1), normal(1, 18, 16, 16, seed=2)
+    y, dx = value_and_gradient(cpu.UnpackedConv2d(18, 3, 1, 1), x, weight, dy)
+    assert_near(y, convolve(x, rounded(weight)), 3e-6)
+    assert_near(dx, convolve(dy, turned(rounded(weight))), 3e-6)
+
+
 class Fp32Layer(nn.Cell):
     """A convolution with a frozen weight in fp32."""
 
