@@ -164,6 +164,8 @@ def test_an_unpacked_3x3_convolution_is_that_of_fp32_with_the_rounded_weight(sha
     dy = Tensor(normal(shape[0], outputs, *shape[2:], seed=2))
     y, dx = value_and_gradient(cpu.UnpackedConv2d(outputs, 3, 1, 1), x, weight, dy.asnumpy())
     fp32 = Fp32Layer(operators.conv2d(outputs, 3, 1, 1, False).convolution, rounded(weight))
+    assert_near(y, convolve(x, rounded(weight)), 1e-5)
+    assert_near(dx, convolve(dy.asnumpy(), turned(rounded(weight))), 1e-5)
     np.testing.assert_array_equal(y, fp32(Tensor(x)).asnumpy())
     np.testing.assert_array_equal(dx, ms.ops.GradOperation(sens_param=True)(fp32)(Tensor(x), dy).asnumpy())
 
