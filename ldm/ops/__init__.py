@@ -76,7 +76,8 @@ def linear(has_bias: bool, bf16_weight: bool = False) -> nn.Cell:
         return shared_cell(ascend.BiasedLinear if has_bias else ascend.Linear)
     add_bias = add_row_bias() if has_bias else shared_cell(composite.NoBias)
     if bf16_weight:
-        return shared_cell(composite.LinearOfWeight, shared_cell(cpu.Bf16MatMul, multiplies_bf16()), add_bias)
+        product = shared_cell(cpu.Bf16MatMul if multiplies_bf16() else cpu.UnpackedMatMul)
+        return shared_cell(composite.LinearOfWeight, product, add_bias)
     return shared_cell(composite.Linear, add_bias)
 
 
@@ -115,9 +116,10 @@ def conv2d(
     add_bias = add_channel_bias() if has_bias else shared_cell(composite.NoBias)
     if bf16_weight:
         keeps_size = stride == 1 and kernel_size in (1, 3) and padding == kernel_size // 2
-        convolution = shared_cell(
-            cpu.Bf16Conv2d, out_channels, kernel_size, stride, padding, multiplies_bf16() and keeps_size
-        )
+        if multiplies_bf16() and keeps_size:
+            convolution = shared_cell(cpu.Bf16Conv2d, out_channels, kernel_size)
+        else:
+            convolution = shared_cell(cpu.UnpackedConv2d, out_channels, kernel_size, stride, padding)
         return shared_cell(composite.Conv2dOfWeight, convolution, add_bias)
     if kernels_in_use() and (kernel_size, stride, padding) == (3, 1, 1):
         convolution = shared_cell(cpu.Conv3x3, out_channels)

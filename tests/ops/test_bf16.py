@@ -10,6 +10,7 @@ from mindspore import Parameter, Tensor, nn
 from ldm import ops as operators
 from ldm.ops import cpu
 from ldm.ops.cpu.library import multiplies_bf16
+from ldm.weights.arrays import to_bfloat16, widen
 from tests.ops.helpers import needs_compiler, normal
 
 pytestmark = [pytest.mark.usefixtures("graph_mode"), needs_compiler]
@@ -17,13 +18,12 @@ pytestmark = [pytest.mark.usefixtures("graph_mode"), needs_compiler]
 KERNEL = pytest.param(
     True, id="kernel", marks=pytest.mark.skipif(not multiplies_bf16(), reason="this processor has no AVX512-BF16")
 )
-FORMS = pytest.mark.parametrize("has_kernel", [KERNEL, pytest.param(False, id="cast")])
+FORMS = pytest.mark.parametrize("has_kernel", [KERNEL, pytest.param(False, id="unpacked")])
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
-    """Round to bf16, ties to even, and return fp32."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    """Round to bf16 and return fp32."""
+    return widen(to_bfloat16(x)).reshape(x.shape)
 
 
 class Layer(nn.Cell):
@@ -58,11 +58,12 @@ def test_rounding_is_mindspores():
 @FORMS
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs"),
-    [(1, 2, 2), (5, 34, 50), (97, 258, 66), (13, 520, 514), (1020, 64, 130), (3, 7, 4), (3, 4, 7)],
+    [(1, 2, 2), (5, 34, 50), (97, 258, 66), (13, 520, 514), (1030, 64, 130), (1030, 520, 514), (3, 7, 4), (3, 4, 7)],
 )
 def test_linear(has_kernel, rows, inputs, outputs):
     x, weight, dy = normal(rows, inputs), normal(outputs, inputs, seed=1), normal(rows, outputs, seed=2)
-    y, dx = value_and_gradient(cpu.Bf16MatMul(has_kernel), x, weight, dy)
+    product = cpu.Bf16MatMul() if has_kernel else cpu.UnpackedMatMul()
+    y, dx = value_and_gradient(product, x, weight, dy)
     in_pairs = has_kernel and inputs % 2 == outputs % 2 == 0
     of = rounded if in_pairs else np.asarray
     held = rounded(weight).astype(np.float64)
@@ -100,9 +101,11 @@ def turned(weight: np.ndarray) -> np.ndarray:
 def test_convolution(has_kernel, shape, outputs, side):
     x, weight = normal(*shape), normal(outputs, shape[1], side, side, seed=1)
     dy = normal(shape[0], outputs, *shape[2:], seed=2)
-    product = cpu.Bf16Conv2d(outputs, side, 1, side // 2, has_kernel)
     if has_kernel:
+        product = cpu.Bf16Conv2d(outputs, side)
         product.is_3x3 = False  # the direct kernel, whatever the size
+    else:
+        product = cpu.UnpackedConv2d(outputs, side, 1, side // 2)
     y, dx = value_and_gradient(product, x, weight, dy)
     of = rounded if has_kernel and shape[1] % 2 == outputs % 2 == 0 else np.asarray
     held = rounded(weight)
@@ -115,7 +118,7 @@ def test_convolution(has_kernel, shape, outputs, side):
 def test_convolution_by_winograd(has_kernel, shape, outputs):
     """Small integers are exact, so that nothing but rounding can differ for other numbers."""
     assert shape[0] * shape[2] * shape[3] > cpu.FEW_PIXELS
-    product = cpu.Bf16Conv2d(outputs, 3, 1, 1, has_kernel)
+    product = cpu.Bf16Conv2d(outputs, 3)
     rng = np.random.default_rng(0)
     x, dy = (rng.integers(-8, 9, (shape[0], c, *shape[2:])).astype(np.float32) for c in (shape[1], outputs))
     weight = 4 * rng.integers(-8, 9, (outputs, shape[1], 3, 3)).astype(np.float32)
@@ -126,6 +129,45 @@ def test_convolution_by_winograd(has_kernel, shape, outputs):
     y, dx = value_and_gradient(product, x, weight, dy)
     for actual, exact in ((y, convolve(x, weight)), (dx, convolve(dy, turned(weight)))):
         assert np.sqrt(np.mean((actual - exact) ** 2) / np.mean(exact**2)) < 6e-3
+
+
+def test_without_kernels_weights_are_unpacked_by_mindspore(monkeypatch):
+    monkeypatch.setattr(cpu, "kernel_library", lambda: None)
+    x, weight, dy = normal(5, 34), normal(50, 34, seed=1), normal(5, 50, seed=2)
+    y, dx = value_and_gradient(cpu.UnpackedMatMul(), x, weight, dy)
+    assert_near(y, x.astype(np.float64) @ rounded(weight).T, 2e-6)
+    assert_near(dx, dy.astype(np.float64) @ rounded(weight), 2e-6)
+    x, weight, dy = normal(1, 16, 16, 16), normal(18, 16, 3, 3, seed=1), normal(1, 18, 16, 16, seed=2)
+    y, dx = value_and_gradient(cpu.UnpackedConv2d(18, 3, 1, 1), x, weight, dy)
+    assert_near(y, convolve(x, rounded(weight)), 3e-6)
+    assert_near(dx, convolve(dy, turned(rounded(weight))), 3e-6)
+
+
+class Fp32Layer(nn.Cell):
+    """A convolution with a frozen weight in fp32."""
+
+    def __init__(self, convolution: nn.Cell, weight: np.ndarray):
+        super().__init__()
+        self.convolution = convolution
+        self.weight = Parameter(Tensor(weight), name="weight", requires_grad=False)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.convolution(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("shape", "outputs"), [((3, 19, 20, 21), 17), ((1, 16, 16, 16), 33), ((1, 18, 15, 17), 20), ((1, 8, 40, 9), 20)]
+)
+def test_an_unpacked_3x3_convolution_is_that_of_fp32_with_the_rounded_weight(shape, outputs):
+    """To the last bit, by Winograd's algorithm or, for few pixels or channels, without."""
+    x, weight = normal(*shape), normal(outputs, shape[1], 3, 3, seed=1)
+    dy = Tensor(normal(shape[0], outputs, *shape[2:], seed=2))
+    y, dx = value_and_gradient(cpu.UnpackedConv2d(outputs, 3, 1, 1), x, weight, dy.asnumpy())
+    fp32 = Fp32Layer(operators.conv2d(outputs, 3, 1, 1, False).convolution, rounded(weight))
+    assert_near(y, convolve(x, rounded(weight)), 1e-5)
+    assert_near(dx, convolve(dy.asnumpy(), turned(rounded(weight))), 1e-5)
+    np.testing.assert_array_equal(y, fp32(Tensor(x)).asnumpy())
+    np.testing.assert_array_equal(dx, ms.ops.GradOperation(sens_param=True)(fp32)(Tensor(x), dy).asnumpy())
 
 
 def test_convolution_that_halves_the_size():
@@ -184,15 +226,56 @@ def test_attention_of_values_that_bf16_holds_is_fp32s(has_kernel):
     np.testing.assert_allclose(equal, np.repeat(v.mean(0, keepdims=True), 7, 0), atol=1e-6)
 
 
-@pytest.mark.parametrize("has_kernel", [KERNEL])
-def test_a_value_that_is_not_finite_is_not_hidden(has_kernel):
-    q, k, v = normal(3, 16), normal(20, 16, seed=1), normal(20, 16, seed=2)
-    q[1, 3] = np.nan
-    attention = Attention(cpu.MultiHeadAttention(2, False, True), 1)
-    out = attention(Tensor(q), Tensor(k), Tensor(v)).asnumpy()
-    assert np.isnan(out[1, :8]).all() and np.isfinite(np.delete(out, 1, 0)).all() and np.isfinite(out[1, 8:]).all()
-    y, _ = value_and_gradient(cpu.Bf16MatMul(True), q, normal(4, 16), normal(3, 4))
-    assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all()
+@pytest.mark.parametrize("bf16", [KERNEL, pytest.param(False, id="fp32")])
+def test_attention_hides_no_nan(bf16):
+    """A NaN in the first head of each input in turn reaches what it is a factor of, and nothing of the second head."""
+    attention = Attention(cpu.MultiHeadAttention(2, False, bf16), 1)
+    gradients = ms.ops.GradOperation(get_all=True, sens_param=True)(attention)
+    token, channel, head = 49, 3, slice(8)
+    reached = {  # the rows and channels that become NaN
+        "q": {"out": (token, head), "dq": (token, head), "dk": (slice(None), head), "dv": (slice(None), head)},
+        "k": dict.fromkeys(("out", "dq", "dk", "dv"), (slice(None), head)),
+        "v": {"out": (slice(None), channel), "dq": (slice(None), head), "dk": (slice(None), head)},
+        "dout": {"dq": (token, head), "dk": (slice(None), head), "dv": (slice(None), channel)},
+    }
+    for name, places in reached.items():
+        given = {"q": normal(51, 16), "k": normal(51, 16, seed=1), "v": normal(51, 16, seed=2), "dout": normal(51, 16)}
+        given[name][token, channel] = np.nan
+        q, k, v, dout = (Tensor(x) for x in given.values())
+        results = dict(zip(("out", "dq", "dk", "dv"), (attention(q, k, v), *gradients(q, k, v, dout))))
+        for result, found in results.items():
+            expected = np.zeros((51, 16), bool)
+            if result in places:
+                expected[places[result]] = True
+            np.testing.assert_array_equal(np.isnan(found.asnumpy()), expected, f"{result} for a NaN in {name}")
+
+
+@FORMS
+def test_products_hide_no_nan(has_kernel):
+    x, weight, dy = normal(3, 16), normal(4, 16, seed=1), normal(3, 4, seed=2)
+    x[1, 3] = dy[2, 0] = weight[1, 5] = np.nan
+    y, dx = value_and_gradient(cpu.Bf16MatMul() if has_kernel else cpu.UnpackedMatMul(), x, weight, dy)
+    expected = np.zeros(y.shape, bool)
+    expected[1], expected[:, 1] = True, True
+    np.testing.assert_array_equal(np.isnan(y), expected)
+    expected = np.zeros(x.shape, bool)
+    expected[2], expected[:, 5] = True, True
+    np.testing.assert_array_equal(np.isnan(dx), expected)
+
+
+@FORMS
+@pytest.mark.parametrize("size", [8, 20], ids=["direct", "winograd"])
+def test_convolutions_hide_no_nan(has_kernel, size):
+    """Winograd's algorithm takes 2x2 pixels at a time: those may become NaN with one of them."""
+    x, weight, dy = normal(1, 16, size, size), normal(18, 16, 3, 3, seed=1), normal(1, 18, size, size, seed=2)
+    x[0, 3, 4, 6] = dy[0, 5, 5, 3] = np.nan
+    product = cpu.Bf16Conv2d(18, 3) if has_kernel else cpu.UnpackedConv2d(18, 3, 1, 1)
+    y, dx = value_and_gradient(product, x, weight, dy)
+    for found, row, column in ((y, 4, 6), (dx, 5, 3)):
+        near, wide = np.zeros((2, *found.shape), bool)
+        near[:, :, row - 1 : row + 2, column - 1 : column + 2] = True
+        wide[:, :, row - 2 : row + 3, column - 2 : column + 3] = True
+        assert np.isnan(found[near]).all() and np.isfinite(found[~wide]).all()
 
 
 def test_causal_attention_stays_fp32():

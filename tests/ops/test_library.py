@@ -1,5 +1,5 @@
-"""kernels.cc: compiled once, and done without where that is not possible. What its functions compute is tested in
-test_ops.py and test_attention.py."""
+"""kernels.cc: compiled once, done without where that is not possible, and strict about its inputs. Results are the same
+for any number of threads. What its functions compute is tested in test_ops.py, test_attention.py and test_bf16.py."""
 
 from __future__ import annotations
 
@@ -273,9 +273,10 @@ import sys
 import numpy as np
 import ldm.runtime.device
 ldm.runtime.device.setup_runtime("CPU")
-from mindspore import Tensor
+from mindspore import Tensor, nn
 import mindspore as ms
 from ldm import ops
+from ldm.ops import cpu
 rng = np.random.default_rng(0)
 def normal(*shape):
     return Tensor(rng.standard_normal(shape).astype(np.float32))
@@ -292,15 +293,29 @@ results = [
 ]
 def held(*shape):
     return normal(*shape).astype(ms.bfloat16)
+class AttentionOfTwo(nn.Cell):
+    def __init__(self, bf16):
+        super().__init__()
+        self.attention = ops.attention(3, 10, bf16=bf16)
+    def construct(self, q, k, v):
+        return self.attention(q, k, v, 2)
+def with_gradient(product, x, weight):
+    y = product(x, weight)
+    return [y, ms.ops.GradOperation(sens_param=True)(product)(x, weight, normal(*y.shape))]
+def with_gradients(attention):
+    given = [normal(n, 30) for n in (2800, 1000, 1000)]
+    gradients = ms.ops.GradOperation(get_all=True, sens_param=True)(attention)
+    return [attention(*given), *gradients(*given, normal(2800, 30))]
+results += with_gradients(AttentionOfTwo(False))
+for product in [cpu.UnpackedMatMul(), *([cpu.Bf16MatMul()] if ops.multiplies_bf16() else [])]:
+    results += with_gradient(product, normal(2100, 300), held(700, 300))
+    results += with_gradient(product, normal(3, 1000), held(1100, 1000))
+results += with_gradient(cpu.UnpackedConv2d(42, 3, 1, 1), normal(1, 40, 32, 32), held(42, 40, 3, 3))
 if ops.multiplies_bf16():
-    results += [
-        ops.linear(False, True)(normal(2100, 300), held(700, 300), None, fp32),
-        ops.linear(False, True)(normal(3, 1000), held(1100, 1000), None, fp32),
-        ops.conv2d(50, 3, 1, 1, False, True)(normal(2, 18, 63, 65), held(50, 18, 3, 3), None, fp32),
-        ops.conv2d(250, 3, 1, 1, False, True)(normal(1, 180, 9, 9), held(250, 180, 3, 3), None, fp32),
-        ops.conv2d(50, 1, 1, 0, False, True)(normal(2, 300, 31, 33), held(50, 300, 1, 1), None, fp32),
-        ops.attention(3, 10, bf16=True)(normal(2800, 30), normal(1000, 30), normal(1000, 30), 2),
-    ]
+    results += with_gradient(cpu.Bf16Conv2d(50, 3), normal(2, 18, 63, 65), held(50, 18, 3, 3))
+    results += with_gradient(cpu.Bf16Conv2d(250, 3), normal(1, 180, 9, 9), held(250, 180, 3, 3))
+    results += with_gradient(cpu.Bf16Conv2d(50, 1), normal(2, 300, 31, 33), held(50, 300, 1, 1))
+    results += with_gradients(AttentionOfTwo(True))
 np.savez(sys.argv[1], *[result.asnumpy() for result in results])
 """
 
@@ -310,11 +325,14 @@ np.savez(sys.argv[1], *[result.asnumpy() for result in results])
 def test_nothing_depends_on_the_number_of_threads(tmp_path):
     """To the last bit: a training that goes on elsewhere ends alike."""
     one = min(os.sched_getaffinity(0))
+    script = tmp_path / "compute.py"
+    script.write_text(COMPUTE)
     for name, processors in (("one", {one}), ("all", os.sched_getaffinity(0))):
-        subprocess.run([sys.executable, "-c", COMPUTE, str(tmp_path / f"{name}.npz")], cwd=ROOT, check=True,
+        subprocess.run([sys.executable, str(script), str(tmp_path / f"{name}.npz")], check=True,
+                       env={**os.environ, "PYTHONPATH": str(ROOT)},
                        preexec_fn=lambda processors=processors: os.sched_setaffinity(0, processors))  # fmt: skip
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "all.npz") as many:
-        assert len(one.files) == (14 if ops.multiplies_bf16() else 8)
+        assert len(one.files) == (32 if ops.multiplies_bf16() else 18)
         for name in one.files:
             np.testing.assert_array_equal(one[name], many[name])
 
@@ -361,13 +379,28 @@ def test_channels_that_do_not_fit_are_refused():
         ops.conv2d(16, 3, 1, 1, has_bias=False)(
             x, Tensor(np.ones((16, 32, 3, 3), np.float32)), None, ms.float32
         ).asnumpy()
+    rows = Tensor(np.ones((4, 10), np.float32))
+    with pytest.raises(RuntimeError, match="linear_unpacked"):
+        cpu.UnpackedMatMul()(rows, weight_in_bf16(6, 12)).asnumpy()
+    with pytest.raises(RuntimeError, match="linear_unpacked"):  # the weight is fp32
+        cpu.UnpackedMatMul()(rows, Tensor(np.ones((6, 10), np.float32))).asnumpy()
+    with pytest.raises(RuntimeError, match="linear_unpacked_dx"):
+        cpu.UnpackedMatMul().product_dx(rows, weight_in_bf16(12, 6)).asnumpy()
+    convolution, convolution_dx = cpu.winograd_kernels()
+    for kernel, given, shape in (
+        (convolution, x, (16, 32, 3, 3)),
+        (convolution_dx, x, (32, 16, 3, 3)),
+        (convolution, x, (16, 16, 1, 1)),
+        (convolution, x.astype(ms.float16), (16, 16, 3, 3)),
+    ):
+        with pytest.raises(RuntimeError, match="convolution"):
+            kernel(given, weight_in_bf16(*shape))[0].asnumpy()
     if ops.multiplies_bf16():
         with pytest.raises(RuntimeError, match="linear_bf16"):
-            cpu.Bf16MatMul(True)(Tensor(np.ones((4, 10), np.float32)), weight_in_bf16(6, 12)).asnumpy()
+            cpu.Bf16MatMul()(rows, weight_in_bf16(6, 12)).asnumpy()
         with pytest.raises(RuntimeError, match="conv_bf16"):
             ops.conv2d(16, 1, 1, 0, False, True)(x, weight_in_bf16(16, 32, 1, 1), None, ms.float32).asnumpy()
         with pytest.raises(RuntimeError, match="linear_bf16"):  # the weight is fp32
-            cpu.Bf16MatMul(True)(Tensor(np.ones((4, 10), np.float32)), Tensor(np.ones((6, 10), np.float32))).asnumpy()
-    rows = Tensor(np.ones((4, 10), np.float32))
+            cpu.Bf16MatMul()(rows, Tensor(np.ones((6, 10), np.float32))).asnumpy()
     with pytest.raises(RuntimeError, match="attention"):
         ops.attention(3, 3)(rows, rows, rows, 1).asnumpy()

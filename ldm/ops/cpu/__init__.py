@@ -25,12 +25,14 @@ Shape = tuple[int, ...]
 
 
 def kernel(name: str, *output_shapes: Callable[..., Shape], dtype: ms.Type | None = None) -> ops.Custom:
-    """Return a kernel of kernels.cc as an operator: float32 tensors -> one or more float32 tensors.
+    """Return a kernel of kernels.cc as an operator: tensors -> one or more float32 tensors.
+
+    The inputs are float32, except for the weight of the kernels that take bfloat16.
 
     Args:
         name: The kernel's function.
         output_shapes: A function for each output that computes its shape from the shapes of the inputs.
-        dtype: The type of the output, None for that of the first input.
+        dtype: The type of a single output, None for that of the first input.
     """
     if len(output_shapes) == 1:
         return ops.Custom(f"{kernel_library()}:{name}", output_shapes[0], lambda *dtypes: dtype or dtypes[0], "aot")
@@ -170,14 +172,7 @@ class Conv3x3(nn.Cell):
         settings = (out_channels, (3, 3), "pad", (1,) * 4, (1,) * 4)
         self.input_gradient = nn_ops.Conv2DBackpropInput(*settings)
         self.weight_gradient = _grad_ops.Conv2DBackpropFilter(*settings)
-        self.winograd = kernel(
-            "convolution", lambda x, weight: (x[0], weight[0], *x[2:]), lambda _, weight: (weight[0], 16, weight[1])
-        )
-        self.winograd_dx = kernel(
-            "convolution_dx",
-            lambda dy, weight: (dy[0], weight[1], *dy[2:]),
-            lambda _, weight: (weight[1], 16, weight[0]),
-        )
+        self.winograd, self.winograd_dx = winograd_kernels()
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
         if has_few_pixels(x.shape) or has_few_channels(weight.shape):
@@ -191,6 +186,20 @@ class Conv3x3(nn.Cell):
             return self.input_gradient(dout, weight, x.shape), dweight
         weight = ops.depend(weight, dout)
         return cast(self.winograd_dx(cast(dout, ms.float32), cast(weight, ms.float32))[0], x.dtype), dweight
+
+
+def winograd_kernels() -> tuple[ops.Custom, ops.Custom]:
+    """Return the kernel of Conv3x3 and that of its gradient for x. The weight is fp32 or bf16."""
+    return (
+        kernel(
+            "convolution", lambda x, weight: (x[0], weight[0], *x[2:]), lambda _, weight: (weight[0], 16, weight[1])
+        ),
+        kernel(
+            "convolution_dx",
+            lambda dy, weight: (dy[0], weight[1], *dy[2:]),
+            lambda _, weight: (weight[1], 16, weight[0]),
+        ),
+    )
 
 
 @ops.constexpr
@@ -223,60 +232,100 @@ class UnpackWeight(nn.Cell):
         return cast(weight, ms.float32) if self.unpack is None else self.unpack(weight, x)
 
 
+class UnpackedMatMul(nn.Cell):
+    """(x (rows, in) fp32, weight (out, in) bf16) -> x weight^T (rows, out), all in fp32.
+
+    The kernel unpacks the weight by parts that stay in the processor's cache, and gives what MindSpore's operator gives
+    for the whole unpacked weight, which is used without kernels. The weight has no gradient, because what is trained is
+    fp32.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_kernel = kernel_library() is not None
+        if self.has_kernel:
+            self.product = kernel("linear_unpacked", lambda x, weight: (x[0], weight[0]))
+            self.product_dx = kernel("linear_unpacked_dx", lambda dy, weight: (dy[0], weight[1]))
+        self.matmul, self.matmul_dx = ops.MatMul(transpose_b=True), ops.MatMul()
+        self.zeros_like = ops.ZerosLike()
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.product(x, weight) if self.has_kernel else self.matmul(x, cast(weight, ms.float32))
+
+    def bprop(self, x: Tensor, weight: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        if self.has_kernel:
+            dx = self.product_dx(dout, weight)
+        else:
+            dx = self.matmul_dx(dout, cast(weight, ms.float32))
+        return dx, self.zeros_like(weight)  # the zeros are not computed: nothing uses them
+
+
 class Bf16MatMul(nn.Cell):
     """(x (rows, in) fp32, weight (out, in) bf16) -> x weight^T (rows, out) fp32.
 
-    The kernel rounds x to bf16 and adds up in fp32. Without it, or for an odd number of inputs or outputs, the weight
-    is unpacked to fp32 at each use. The weight has no gradient, because what is trained is fp32.
+    The kernel rounds x to bf16 and adds up in fp32. An odd number of inputs or outputs is left to UnpackedMatMul.
     """
 
-    def __init__(self, has_kernel: bool):
+    def __init__(self) -> None:
         super().__init__()
-        self.has_kernel = has_kernel
-        if has_kernel:
-            self.product = kernel("linear_bf16", lambda x, weight: (x[0], weight[0]))
-            self.dx = kernel("linear_bf16_dx", lambda dy, weight: (dy[0], weight[1]))
-        self.matmul, self.matmul_dx = ops.MatMul(transpose_b=True), ops.MatMul()
-        self.unpack, self.zeros_like = UnpackWeight(), ops.ZerosLike()
+        self.product = kernel("linear_bf16", lambda x, weight: (x[0], weight[0]))
+        self.dx = kernel("linear_bf16_dx", lambda dy, weight: (dy[0], weight[1]))
+        self.unpacked, self.zeros_like = UnpackedMatMul(), ops.ZerosLike()
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self.has_kernel and has_whole_pairs(weight.shape):
-            return self.product(x, weight)
-        return self.matmul(x, self.unpack(weight, x))
+        return self.product(x, weight) if has_whole_pairs(weight.shape) else self.unpacked(x, weight)
 
     def bprop(self, x: Tensor, weight: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-        if self.has_kernel and has_whole_pairs(weight.shape):
-            return self.dx(dout, weight), self.zeros_like(weight)  # the zeros are not computed: nothing uses them
-        return self.matmul_dx(dout, self.unpack(weight, dout)), self.zeros_like(weight)
+        if not has_whole_pairs(weight.shape):
+            return self.unpacked.bprop(x, weight, out, dout)
+        return self.dx(dout, weight), self.zeros_like(weight)
 
 
-class Bf16Conv2d(nn.Cell):
-    """(x (N, C, H, W) fp32, weight (O, C, k, k) bf16) -> (N, O, H', W') fp32. The weight has no gradient.
+class UnpackedConv2d(nn.Cell):
+    """(x (N, C, H, W) fp32, weight (O, C, k, k) bf16) -> (N, O, H', W'), all in fp32. The weight has no gradient.
 
-    The kernels, of 1x1 and 3x3 convolutions that keep the size, round x to bf16 and add up in fp32. Otherwise, and for
-    an odd number of channels, the weight is unpacked to fp32 at each use. Winograd's algorithm rounds the transformed x
-    and weight, so its errors are 1.8 times those of the other kernel. It takes 0.6 of its time, except for few pixels.
+    The kernel of Conv3x3 takes the weight as it is. Otherwise the weight is unpacked at each use.
     """
 
-    def __init__(
-        self,
-        out_channels: int,
-        kernel_size: int,
-        stride: int,
-        padding: int | tuple[int, int, int, int],
-        has_kernel: bool,
-    ):
+    def __init__(self, out_channels: int, kernel_size: int, stride: int, padding: int | tuple[int, int, int, int]):
         super().__init__()
-        self.has_kernel, self.is_3x3 = has_kernel, kernel_size == 3
         sides = (padding,) * 4 if isinstance(padding, int) else padding
         self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
         self.conv_dx = nn_ops.Conv2DBackpropInput(
             out_channels, (kernel_size,) * 2, "pad", sides, sides, stride=(stride, stride)
         )
-        if has_kernel:
-            self.direct = kernel("conv_bf16", lambda x, weight: (x[0], weight[0], *x[2:]))
-            self.direct_dx = kernel("conv_bf16_dx", lambda dy, weight: (dy[0], weight[1], *dy[2:]))
-        if has_kernel and self.is_3x3:
+        self.has_winograd = kernel_library() is not None and (kernel_size, stride, padding) == (3, 1, 1)
+        if self.has_winograd:
+            self.winograd, self.winograd_dx = winograd_kernels()
+        self.unpack, self.zeros_like = UnpackWeight(), ops.ZerosLike()
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        if not self.has_winograd or has_few_pixels(x.shape) or has_few_channels(weight.shape):
+            return self.conv(x, self.unpack(weight, x))
+        return self.winograd(x, weight)[0]
+
+    def bprop(self, x: Tensor, weight: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.has_winograd or has_few_pixels(x.shape):
+            dx = self.conv_dx(dout, self.unpack(weight, dout), x.shape)
+        else:
+            dx = self.winograd_dx(dout, weight)[0]
+        return dx, self.zeros_like(weight)
+
+
+class Bf16Conv2d(nn.Cell):
+    """(x (N, C, H, W) fp32, weight (O, C, k, k) bf16) -> (N, O, H, W) fp32, for k of 1 or 3.
+
+    The weight has no gradient. The kernels round x to bf16 and add up in fp32. An odd number of channels is left to
+    UnpackedConv2d. Winograd's algorithm rounds the transformed x and weight, so its errors are 1.8 times those of the
+    other kernel. It takes 0.6 of its time, except for few pixels.
+    """
+
+    def __init__(self, out_channels: int, kernel_size: int):
+        super().__init__()
+        self.is_3x3 = kernel_size == 3
+        self.direct = kernel("conv_bf16", lambda x, weight: (x[0], weight[0], *x[2:]))
+        self.direct_dx = kernel("conv_bf16_dx", lambda dy, weight: (dy[0], weight[1], *dy[2:]))
+        if self.is_3x3:
             self.winograd = kernel(
                 "convolution_bf16",
                 lambda x, weight: (x[0], weight[0], *x[2:]),
@@ -287,23 +336,22 @@ class Bf16Conv2d(nn.Cell):
                 lambda dy, weight: (dy[0], weight[1], *dy[2:]),
                 lambda _, weight: (weight[1], 16, weight[0] // 2),
             )
-        self.unpack, self.zeros_like = UnpackWeight(), ops.ZerosLike()
+        self.unpacked = UnpackedConv2d(out_channels, kernel_size, 1, kernel_size // 2)
+        self.zeros_like = ops.ZerosLike()
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
-        if not self.has_kernel or not has_whole_pairs(weight.shape):
-            return self.conv(x, self.unpack(weight, x))
+        if not has_whole_pairs(weight.shape):
+            return self.unpacked(x, weight)
         if self.is_3x3 and x.shape[0] * x.shape[2] * x.shape[3] > FEW_PIXELS:
             return self.winograd(x, weight)[0]
         return self.direct(x, weight)
 
     def bprop(self, x: Tensor, weight: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.has_kernel or not has_whole_pairs(weight.shape):
-            dx = self.conv_dx(dout, self.unpack(weight, dout), x.shape)
-        elif self.is_3x3 and x.shape[0] * x.shape[2] * x.shape[3] > FEW_PIXELS:
-            dx = self.winograd_dx(dout, weight)[0]
-        else:
-            dx = self.direct_dx(dout, weight)
-        return dx, self.zeros_like(weight)
+        if not has_whole_pairs(weight.shape):
+            return self.unpacked.bprop(x, weight, out, dout)
+        if self.is_3x3 and x.shape[0] * x.shape[2] * x.shape[3] > FEW_PIXELS:
+            return self.winograd_dx(dout, weight)[0], self.zeros_like(weight)
+        return self.direct_dx(dout, weight), self.zeros_like(weight)
 
 
 FEW_PIXELS = 128  # of a batch: two images of 8 x 8, for which transforming a weight takes as long as it saves

@@ -75,6 +75,24 @@ struct Heads {
       inverse[row] = 1 / total;
     }
   }
+
+  // Makes probabilities of the exponentials of `count` tokens (count, width), and of `dscores`, which are dout v^T, `factor`
+  // times the gradients of the scores. The derivative of the softmax p is p (dout v^T - delta) with delta = sum(dout out).
+  // What is beyond the keys becomes 0.
+  void softmax_dx(float *exponentials, const float *inverse, float *dscores, const float *out, const float *dout,
+                  int64_t count, float factor) const {
+    for (int64_t row = 0; row < count; row++) {
+      float delta = 0, *probability = exponentials + row * width, *dscore = dscores + row * width;
+#pragma omp simd reduction(+ : delta)
+      for (int64_t i = 0; i < dim; i++) delta += dout[row * channels + i] * out[row * channels + i];
+      std::fill(dscore + keys, dscore + width, 0.0f);
+#pragma omp simd
+      for (int64_t i = 0; i < width; i++) {
+        probability[i] *= inverse[row];
+        dscore[i] = probability[i] * (dscore[i] - delta) * factor;
+      }
+    }
+  }
 };
 
 }  // namespace
@@ -105,8 +123,8 @@ int attention(ARGUMENTS) {
   });
 }
 
-// q, k, v, out, dout, settings -> dq, dk, dv. The derivative of the softmax p is p (dout v^T - delta) with
-// delta = sum(dout out), and p is computed again. dk and dv are sums over the blocks, so one thread computes a head.
+// q, k, v, out, dout, settings -> dq, dk, dv. The probabilities are computed again. dk and dv are sums over the blocks, so
+// one thread computes a head.
 int attention_dx(ARGUMENTS) {
   Heads h(ranks, shapes, p[5]);
   bool valid = all_float32(count, types) && h.fit();
@@ -126,16 +144,7 @@ int attention_dx(ARGUMENTS) {
         multiply('N', 'T', rows, keys, dim, h.scale, q, c, k, c, 0, probabilities, width);
         h.exponentials(probabilities, inverse, first, rows);
         multiply('N', 'T', rows, keys, dim, 1, dout, c, v, c, 0, dscores, width);
-        for (int64_t row = 0; row < rows; row++) {
-          float delta = 0, *probability = probabilities + row * width, *dscore = dscores + row * width;
-#pragma omp simd reduction(+ : delta)
-          for (int64_t i = 0; i < dim; i++) delta += dout[row * c + i] * out[row * c + i];
-#pragma omp simd
-          for (int64_t i = 0; i < width; i++) {
-            probability[i] *= inverse[row];
-            dscore[i] = probability[i] * (dscore[i] - delta);
-          }
-        }
+        h.softmax_dx(probabilities, inverse, dscores, out, dout, rows, 1);  // the products multiply by the scale
         multiply('T', 'N', keys, dim, rows, 1, probabilities, width, dout, c, beta, dv, c);
         multiply('N', 'N', rows, dim, keys, h.scale, dscores, width, k, c, 0, p[6] + offset, c);
         multiply('T', 'N', keys, dim, rows, h.scale, dscores, width, q, c, beta, dk, c);

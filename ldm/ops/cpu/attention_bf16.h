@@ -55,8 +55,8 @@ struct HeadsBf16 : Heads {
   // out (count, dim) = rows (count, keys) x, for x from in_panels. The rows are `width` pairs apart.
   void multiply_by_keys(int64_t count, const Pair *rows, const Pair *x, float *out, int64_t ldc) const {
     for (int64_t key = 0; key < keys; key += KEYS) {
-      int64_t some = (std::min(KEYS, keys - key) + 1) / 2;
-      multiply(count, dim, {rows + key / 2, width, 0, 1, some}, x + key / 2 * panels * PANEL, out, ldc, key > 0);
+      int64_t key_pairs = (std::min(KEYS, keys - key) + 1) / 2;
+      multiply(count, dim, {rows + key / 2, width, 0, 1, key_pairs}, x + key / 2 * panels * PANEL, out, ldc, key > 0);
     }
   }
 
@@ -162,17 +162,7 @@ int attention_bf16_dx(ARGUMENTS) {
         by_token(q, k_transposed, probabilities);
         h.exponentials(probabilities, inverse, rows);
         by_token(dout, v_transposed, dscores);
-        for (int64_t row = 0; row < rows; row++) {
-          float delta = 0, *probability = probabilities + row * width, *dscore = dscores + row * width;
-#pragma omp simd reduction(+ : delta)
-          for (int64_t i = 0; i < dim; i++) delta += dout[row * c + i] * out[row * c + i];
-          for (int64_t i = keys; i < width; i++) dscore[i] = 0;
-#pragma omp simd
-          for (int64_t i = 0; i < width; i++) {
-            probability[i] *= inverse[row];
-            dscore[i] = probability[i] * (dscore[i] - delta) * h.scale;
-          }
-        }
+        h.softmax_dx(probabilities, inverse, dscores, out, dout, rows, h.scale);
         add_to_keys(rows, probabilities, dout, dv, first > 0);
         add_to_keys(rows, dscores, q, dk, first > 0);
         for (int64_t row = 0; row < rows; row++) round_row(dscores + row * width, width, 1, dscore_rows + row * width);

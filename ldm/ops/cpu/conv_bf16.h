@@ -41,10 +41,10 @@ struct ConvolutionBf16 {
         int64_t first = out * part / parts, count = out * (part + 1) / parts - first;
         float *to = y + (image * out + first) * area + pixel;
         for (int64_t channel = 0; channel < in; channel += channels) {
-          int64_t some = std::min(channels, in - channel);
-          pack_pixels(x + (image * in + channel) * area, some, pixel, pixels, neighbours, panels);
-          Rows rows = gradient ? rows_of_gradient(weight, channel, some, first, count, paired)
-                               : rows_of_weight(weight, channel, some, first);
+          int64_t block = std::min(channels, in - channel);
+          pack_pixels(x + (image * in + channel) * area, block, pixel, pixels, neighbours, panels);
+          Rows rows = gradient ? rows_of_gradient(weight, channel, block, first, count, paired)
+                               : rows_of_weight(weight, channel, block, first);
           multiply(count, pixels, rows, panels, to, area, channel > 0);
         }
       }
@@ -53,36 +53,36 @@ struct ConvolutionBf16 {
 
  private:
   // A pair is two values in a row of the weight (out, in k k).
-  Rows rows_of_weight(const Bf16 *weight, int64_t channel, int64_t some, int64_t first) const {
+  Rows rows_of_weight(const Bf16 *weight, int64_t channel, int64_t block, int64_t first) const {
     const Bf16 *from = weight + (first * in + channel) * taps;
-    return {reinterpret_cast<const Pair *>(from), in * taps / 2, 0, 1, some * taps / 2};
+    return {reinterpret_cast<const Pair *>(from), in * taps / 2, 0, 1, block * taps / 2};
   }
 
   // A pair is the values of two input channels, two rows of the weight (in, out k k), for the same tap.
-  Rows rows_of_gradient(const Bf16 *weight, int64_t channel, int64_t some, int64_t first, int64_t count,
+  Rows rows_of_gradient(const Bf16 *weight, int64_t channel, int64_t block, int64_t first, int64_t count,
                         Pair *paired) const {
     int64_t row = out * taps, values = count * taps;
-    for (int64_t i = 0; i < some; i += 2) {
+    for (int64_t i = 0; i < block; i += 2) {
       const Bf16 *even = weight + (channel + i) * row + first * taps;
       pair_rows(even, even + row, values, paired + i / 2 * values);
     }
-    return {paired, taps, values, some / 2, taps};
+    return {paired, taps, values, block / 2, taps};
   }
 
-  // Packs the neighbours of `pixels` pixels in `some` planes, in the order of the pairs above.
-  void pack_pixels(const float *planes, int64_t some, int64_t pixel, int64_t pixels, float *neighbours,
+  // Packs the neighbours of `pixels` pixels in `block` planes, in the order of the pairs above.
+  void pack_pixels(const float *planes, int64_t block, int64_t pixel, int64_t pixels, float *neighbours,
                    Pair *panels) const {
-    int64_t pairs = some * taps / 2, area = height * width;
+    int64_t pairs = block * taps / 2, area = height * width;
     for (int64_t column = 0; column < pixels; column += PANEL, panels += PANEL * pairs) {
       int64_t columns = std::min(PANEL, pixels - column), vectors = (columns + 15) / 16 * 16;
-      for (int64_t i = 0; i < some; i += 2) {
+      for (int64_t i = 0; i < block; i += 2) {
         for (int64_t j = 0; j < 2; j++)
           take_neighbours(planes + (i + j) * area, pixel + column, columns, neighbours + j * taps * PANEL);
         Pair *to = panels + i / 2 * taps * PANEL;
-        const float *other = neighbours + taps * PANEL;
+        const float *odd = neighbours + taps * PANEL;
         for (int64_t tap = 0; tap < taps; tap++, to += PANEL) {
           if (gradient)  // the taps in reverse order
-            pair_rows(neighbours + (taps - 1 - tap) * PANEL, other + (taps - 1 - tap) * PANEL, vectors, to);
+            pair_rows(neighbours + (taps - 1 - tap) * PANEL, odd + (taps - 1 - tap) * PANEL, vectors, to);
           else
             pair_rows(neighbours + 2 * tap * PANEL, neighbours + (2 * tap + 1) * PANEL, vectors, to);
         }
@@ -94,20 +94,20 @@ struct ConvolutionBf16 {
   void take_neighbours(const float *plane, int64_t pixel, int64_t count, float *to) const {
     int64_t reach = side / 2;
     for (int64_t done = 0; done < count;) {
-      int64_t row = (pixel + done) / width, column = (pixel + done) % width, some = std::min(count - done, width - column);
+      int64_t row = (pixel + done) / width, column = (pixel + done) % width, length = std::min(count - done, width - column);
       float *tap = to + done;
       for (int64_t down = -reach; down <= reach; down++) {
         const float *line = plane + (row + down) * width;
         bool outside = row + down < 0 || row + down >= height;
         for (int64_t right = -reach; right <= reach; right++, tap += PANEL) {
-          int64_t from = outside ? some : std::max<int64_t>(0, -(column + right));
-          int64_t until = outside ? some : std::min(some, width - column - right);
-          std::fill(tap, tap + std::min(from, some), 0.0f);
+          int64_t from = outside ? length : std::max<int64_t>(0, -(column + right));
+          int64_t until = outside ? length : std::min(length, width - column - right);
+          std::fill(tap, tap + std::min(from, length), 0.0f);
           if (from < until) std::copy(line + column + right + from, line + column + right + until, tap + from);
-          std::fill(tap + std::max(from, until), tap + some, 0.0f);
+          std::fill(tap + std::max(from, until), tap + length, 0.0f);
         }
       }
-      done += some;
+      done += length;
     }
   }
 };

@@ -166,9 +166,4 @@ void pack_transposed(const Pair *rows, int64_t stride, int64_t n, int64_t pairs,
     }
 }
 
-// Whether there are x, a weight in bf16 and a result, x and the result in fp32.
-bool has_bf16_weight(int count, const char **types) {
-  return count == 3 && all_float32(1, types) && !std::strcmp(types[1], "bfloat16") && all_float32(1, types + 2);
-}
-
 }  // namespace

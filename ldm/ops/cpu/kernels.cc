@@ -3,6 +3,7 @@
 // library.py compiles this file, and ldm/ops/cpu/__init__.py makes operators of its functions. The results do not depend on
 // the number of threads, to the last bit, so that a training run repeats itself with another number of processors.
 #include "attention.h"
+#include "linear_unpacked.h"
 #include "norms.h"
 #include "pointwise.h"
 #include "swap_middle_axes.h"

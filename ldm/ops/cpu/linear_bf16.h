@@ -16,13 +16,13 @@ int multiply_by_weight(bool valid, int64_t m, int64_t n, int64_t k, const float 
                        float *y) {
   constexpr int64_t ITEM_ROWS = 1008, BLOCK_ROWS = 96, BLOCK_PAIRS = 128;
   // A few rows are not divided, so the columns are: into eight parts, but not below a panel.
-  int64_t each = std::min<int64_t>(256, (n + 8 * PANEL - 1) / (8 * PANEL) * PANEL);
-  int64_t row_parts = (m + ITEM_ROWS - 1) / ITEM_ROWS, column_parts = (n + each - 1) / each;
+  int64_t part_columns = std::min<int64_t>(256, (n + 8 * PANEL - 1) / (8 * PANEL) * PANEL);
+  int64_t row_parts = (m + ITEM_ROWS - 1) / ITEM_ROWS, column_parts = (n + part_columns - 1) / part_columns;
   return run_products(valid, row_parts * column_parts, m * n * k, [&](int64_t start, int64_t end) {
-    Scratch scratch((each + BLOCK_ROWS) * BLOCK_PAIRS);
-    auto *panels = reinterpret_cast<Pair *>(scratch.data()), *rows = panels + each * BLOCK_PAIRS;
+    Scratch scratch((part_columns + BLOCK_ROWS) * BLOCK_PAIRS);
+    auto *panels = reinterpret_cast<Pair *>(scratch.data()), *rows = panels + part_columns * BLOCK_PAIRS;
     for (int64_t item = start; item < end; item++) {
-      int64_t column = item / row_parts * each, columns = std::min(each, n - column);
+      int64_t column = item / row_parts * part_columns, columns = std::min(part_columns, n - column);
       int64_t first = item % row_parts * ITEM_ROWS, last = std::min(m, first + ITEM_ROWS);
       for (int64_t i = 0; i < k; i += 2 * BLOCK_PAIRS) {
         int64_t values = std::min(2 * BLOCK_PAIRS, k - i), pairs = (values + 1) / 2;
@@ -31,9 +31,9 @@ int multiply_by_weight(bool valid, int64_t m, int64_t n, int64_t k, const float 
         else
           pack_rows(weight + i * n + column, n, columns, values, panels);
         for (int64_t row = first; row < last; row += BLOCK_ROWS) {
-          int64_t some = std::min(BLOCK_ROWS, last - row);
-          for (int64_t r = 0; r < some; r++) round_row(x + (row + r) * k + i, values, 1, rows + r * BLOCK_PAIRS);
-          multiply(some, columns, {rows, BLOCK_PAIRS, 0, 1, pairs}, panels, y + row * n + column, n, i > 0);
+          int64_t block_rows = std::min(BLOCK_ROWS, last - row);
+          for (int64_t r = 0; r < block_rows; r++) round_row(x + (row + r) * k + i, values, 1, rows + r * BLOCK_PAIRS);
+          multiply(block_rows, columns, {rows, BLOCK_PAIRS, 0, 1, pairs}, panels, y + row * n + column, n, i > 0);
         }
       }
     }

@@ -22,7 +22,8 @@ struct Winograd {
         tiles(images * down * across) {}
 
   // `transposed`: the weight is (in, out, 3, 3) and rotated by 180 degrees, which gives the gradient for the input.
-  int convolve(bool valid, const float *x, const float *weight, bool transposed, float *u, float *y) const {
+  template <typename Weight>
+  int convolve(bool valid, const float *x, const Weight *weight, bool transposed, float *u, float *y) const {
     int failed = run(valid, out, 16 * out * in, [&](int64_t first, int64_t end) {
       Scratch scratch(9 * in);
       for (int64_t o = first; o < end; o++) transform_weight(weight, transposed, o, scratch.data(), u + 16 * o * in);
@@ -77,13 +78,13 @@ struct Winograd {
     }
   }
 
-  // Calls each(offset, image, row, column, some) for runs of `some` tiles side by side, from first to first + count.
-  template <typename Each>
-  void for_strips(int64_t first, int64_t count, const Each &each) const {
+  // Calls visit(offset, image, row, column, length) for runs of `length` tiles side by side, from first to first + count.
+  template <typename Visit>
+  void for_strips(int64_t first, int64_t count, const Visit &visit) const {
     for (int64_t offset = 0; offset < count;) {
-      int64_t tile = first + offset, column = tile % across, some = std::min(count - offset, across - column);
-      each(offset, tile / across / down, tile / across % down, column, some);
-      offset += some;
+      int64_t tile = first + offset, column = tile % across, length = std::min(count - offset, across - column);
+      visit(offset, tile / across / down, tile / across % down, column, length);
+      offset += length;
     }
   }
 
@@ -93,13 +94,13 @@ struct Winograd {
   // B^T d B of each tile d of an input channel, to v (16, count)
   void transform_input(const float *x, int64_t channel, int64_t first, int64_t count, float *lines, float *v) const {
     const float *zeros = lines + 4 * line();
-    for_strips(first, count, [&](int64_t offset, int64_t image, int64_t row, int64_t column, int64_t some) {
+    for_strips(first, count, [&](int64_t offset, int64_t image, int64_t row, int64_t column, int64_t length) {
       const float *plane = x + (image * in + channel) * height * width, *d[4];
       for (int64_t k = 0; k < 4; k++) {
         int64_t above = 2 * row - 1 + k;
         d[k] = above < 0 || above >= height ? zeros : plane + above * width;
       }
-      int64_t from = std::max<int64_t>(0, 2 * column - 1), end = std::min(width, 2 * (column + some) + 1);
+      int64_t from = std::max<int64_t>(0, 2 * column - 1), end = std::min(width, 2 * (column + length) + 1);
       float *line0 = lines + 1, *line1 = line0 + line(), *line2 = line1 + line(), *line3 = line2 + line();
       const float *d0 = d[0], *d1 = d[1], *d2 = d[2], *d3 = d[3];
 #pragma omp simd
@@ -110,7 +111,7 @@ struct Winograd {
         const float *from_line = lines + k * line() + 2 * column;
         float *to = v + 4 * k * count + offset;
 #pragma omp simd
-        for (int64_t j = 0; j < some; j++) {
+        for (int64_t j = 0; j < length; j++) {
           float a = from_line[2 * j], b = from_line[2 * j + 1], c = from_line[2 * j + 2], e = from_line[2 * j + 3];
           to[j] = a - c, to[count + j] = b + c, to[2 * count + j] = c - b, to[3 * count + j] = b - e;
         }
@@ -122,10 +123,10 @@ struct Winograd {
   void transform_output(const float *m, int64_t first, int64_t count, int64_t channel, int64_t channels, float *lines,
             float *y) const {
     for (int64_t o = 0; o < channels; o++) {
-      for_strips(first, count, [&](int64_t offset, int64_t image, int64_t row, int64_t column, int64_t some) {
+      for_strips(first, count, [&](int64_t offset, int64_t image, int64_t row, int64_t column, int64_t length) {
         float *upper = lines, *lower = lines + line();
 #pragma omp simd
-        for (int64_t j = 0; j < some; j++) {
+        for (int64_t j = 0; j < length; j++) {
           const float *from = m + 16 * o * count + offset + j;
           float above[4], below[4];
           for (int64_t k = 0; k < 4; k++) {
@@ -136,7 +137,7 @@ struct Winograd {
           lower[2 * j] = below[0] + below[1] + below[2], lower[2 * j + 1] = below[1] - below[2] - below[3];
         }
         float *to = y + ((image * out + channel + o) * height + 2 * row) * width + 2 * column;
-        int64_t within = std::min(2 * some, width - 2 * column);
+        int64_t within = std::min(2 * length, width - 2 * column);
         std::copy(upper, upper + within, to);
         if (2 * row + 1 < height) std::copy(lower, lower + within, to + width);
       });
@@ -144,20 +145,25 @@ struct Winograd {
   }
 };
 
+// The weight is fp32, or bf16, of which the values are those that fp32 has for them.
+int winograd(bool transposed, int count, float **p, int64_t **shapes, const char **types) {
+  Winograd w(shapes[0], shapes[2][1]);
+  bool fits = shapes[1][transposed ? 0 : 1] == w.in && shapes[1][2] == 3 && shapes[1][3] == 3;
+  if (is_bf16(types[1])) {
+    bool valid = count == 4 && has_bf16_weight(3, types) && all_float32(1, types + 3);
+    return w.convolve(fits && valid, p[0], reinterpret_cast<const Bf16 *>(p[1]), transposed, p[3], p[2]);
+  }
+  return w.convolve(fits && all_float32(count, types), p[0], p[1], transposed, p[3], p[2]);
+}
+
 }  // namespace
 
 extern "C" {
 
 // x (N, in, H, W), weight (out, in, 3, 3) -> y, and u (out, 16, in) which is intermediate memory
-int convolution(ARGUMENTS) {
-  Winograd w(shapes[0], shapes[2][1]);
-  return w.convolve(all_float32(count, types) && shapes[1][1] == w.in, p[0], p[1], false, p[3], p[2]);
-}
+int convolution(ARGUMENTS) { return winograd(false, count, p, shapes, types); }
 
 // dy (N, out, H, W), weight (out, in, 3, 3) -> dx, and u (in, 16, out) which is intermediate memory
-int convolution_dx(ARGUMENTS) {
-  Winograd w(shapes[0], shapes[2][1]);
-  return w.convolve(all_float32(count, types) && shapes[1][0] == w.in, p[0], p[1], true, p[3], p[2]);
-}
+int convolution_dx(ARGUMENTS) { return winograd(true, count, p, shapes, types); }
 
 }  // extern "C"

@@ -34,11 +34,11 @@ struct WinogradBf16 : Winograd {
     return run_products(true, chunks * parts, 16 * tiles * in, [&](int64_t start, int64_t end) {
       Scratch scratch(16 * CHUNK * (pairs + M_CHANNELS + 2) + line_values());
       auto *v = reinterpret_cast<Pair *>(scratch.data());
-      float *m = scratch.data() + 16 * CHUNK * pairs, *two = m + 16 * CHUNK * M_CHANNELS;
-      float *lines = two + 16 * CHUNK * 2;
+      float *m = scratch.data() + 16 * CHUNK * pairs, *planes = m + 16 * CHUNK * M_CHANNELS;
+      float *lines = planes + 16 * CHUNK * 2;
       for (int64_t item = start; item < end; item++) {
         int64_t first = item / parts * CHUNK, part = item % parts, count = std::min(CHUNK, tiles - first);
-        if (part == 0 || item == start) transform_pixels(x, first, count, pairs, lines, two, v);
+        if (part == 0 || item == start) transform_pixels(x, first, count, pairs, lines, planes, v);
         int64_t last = out * (part + 1) / parts;
         for (int64_t channel = out * part / parts; channel < last; channel += M_CHANNELS) {
           int64_t channels = std::min(M_CHANNELS, last - channel);
@@ -52,16 +52,16 @@ struct WinogradBf16 : Winograd {
   }
 
  private:
-  // Transforms the tiles of all input channels, to v: 16 times the panels of `count` columns. `two` holds two channels.
-  void transform_pixels(const float *x, int64_t first, int64_t count, int64_t pairs, float *lines, float *two,
+  // Transforms the tiles of all input channels, to v: 16 times the panels of `count` columns. `planes` holds two channels.
+  void transform_pixels(const float *x, int64_t first, int64_t count, int64_t pairs, float *lines, float *planes,
                         Pair *v) const {
     clear(lines);
     for (int64_t i = 0; i < in; i += 2) {
-      transform_input(x, i, first, count, lines, two);
-      if (i + 1 < in) transform_input(x, i + 1, first, count, lines, two + 16 * count);
+      transform_input(x, i, first, count, lines, planes);
+      if (i + 1 < in) transform_input(x, i + 1, first, count, lines, planes + 16 * count);
       for (int64_t k = 0; k < 16; k++)
         for (int64_t column = 0; column < count; column += PANEL) {
-          const float *even = two + k * count + column, *odd = i + 1 < in ? even + 16 * count : nullptr;
+          const float *even = planes + k * count + column, *odd = i + 1 < in ? even + 16 * count : nullptr;
           pair_rows(even, odd, std::min(PANEL, count - column), v + (k * CHUNK + column) * pairs + i / 2 * PANEL);
         }
     }
