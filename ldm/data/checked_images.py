@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from ldm.data.buckets import Size
 from ldm.data.content import FileHash, file_hash
+from ldm.data.decoding import BrokenImage
 from ldm.data.sources.rows import FilePart, ImageFile, Listing, Row, read_image, readable_name
-from ldm.data.transforms import BrokenImage, open_rgb
+from ldm.data.upright import open_rgb
 from ldm.errors import UserError, plain, system_reason
 from ldm.files.atomic import atomic_path
 from ldm.files.documents import json_text, parse_json

@@ -17,21 +17,11 @@ import numpy as np
 from PIL import Image
 
 from ldm.data.buckets import Size
+from ldm.data.decoding import BrokenImage, decoded, read_size
 from ldm.data.sources.names import LISTED_SUFFIXES, split_suffix
 from ldm.data.sources.rows import ImageFile, Row, Subset, image_name, readable_name
-from ldm.data.transforms import (
-    WHITE,
-    BrokenImage,
-    Color,
-    ImageNotes,
-    Placement,
-    decoded,
-    load_placed,
-    place,
-    read_size,
-    upright_alpha,
-    upright_red,
-)
+from ldm.data.transforms import Placement, load_placed, place
+from ldm.data.upright import WHITE, Color, ImageNotes, upright_alpha, upright_red
 from ldm.errors import UserError, plain
 from ldm.files.inputs import is_folder
 

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ldm.data.buckets import Size, crop_box
-from ldm.data.transforms import BrokenImage, decoded, read_size, upright_red, upright_rgb
+from ldm.data.decoding import BrokenImage, decoded, read_size
+from ldm.data.upright import upright_red, upright_rgb
 from ldm.diffusion.sampling import Sampling
 from ldm.errors import UserError, plain
 from ldm.files.inputs import content_hash

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.dataset import IMAGE_SUFFIXES
-from ldm.data.transforms import BrokenImage, decoded
+from ldm.data.decoding import BrokenImage, decoded
 from ldm.errors import UserError, plain
 from ldm.files.inputs import check_file, is_file, is_folder, is_there, list_folder
 from ldm.metrics.preprocessing import plain_rgb

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ldm.data.decoding import BrokenImage, read_size
 from ldm.data.training_data import TrainingData
-from ldm.data.transforms import BrokenImage, read_size
 from ldm.settings.model import ModelConfig
 from ldm.settings.train import TrainSettings
 from ldm.training.plan import RunPlan

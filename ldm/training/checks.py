@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from ldm.data.transforms import parse_color
+from ldm.data.upright import parse_color
 from ldm.errors import UserError, plain
 from ldm.files.inputs import check_file, is_folder, is_there
 from ldm.files.paths import under_root

@@ -25,11 +25,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.checked_images import check_images
+from ldm.data.checked_rows import MAX_CHECKED
+from ldm.data.decoding import BrokenImage
 from ldm.data.prior import check_class_folder, list_class_images, with_class_images
 from ldm.data.sources.names import is_image, walk
 from ldm.data.sources.rows import Listing
-from ldm.data.training_data import MAX_CHECKED
-from ldm.data.transforms import BrokenImage
 from ldm.diffusion.sampling import Sampling, latent_shape
 from ldm.errors import UserError, plain
 from ldm.files.inputs import is_there, open_file

@@ -14,7 +14,8 @@ from mindspore import Parameter, Tensor, nn
 
 from ldm.data.batches import BatchOrder
 from ldm.data.draws import draws
-from ldm.data.training_data import TrainingData, prepare_data, read_listing
+from ldm.data.preparation import prepare_data, read_listing
+from ldm.data.training_data import TrainingData
 from ldm.diffusion.loss import DiffusionLoss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError, plain

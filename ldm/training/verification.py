@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ldm.data.training_data import prepare_data, read_listing
+from ldm.data.preparation import prepare_data, read_listing
 from ldm.errors import UserError, plain
 from ldm.files.documents import parse_json
 from ldm.files.paths import ROOT, under_root

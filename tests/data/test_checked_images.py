@@ -14,8 +14,8 @@ from ldm.data import checked_images as module
 from ldm.data.checked_images import CheckedImages, image_content
 from ldm.data.content import file_hash
 from ldm.data.dataset import read_image_text_csv
+from ldm.data.decoding import BrokenImage
 from ldm.data.sources.rows import FilePart
-from ldm.data.transforms import BrokenImage
 
 LONG_AGO = time.time_ns() - 3_600_000_000_000
 COUNT = 5

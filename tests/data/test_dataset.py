@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.dataset import read_image_text_csv
-from ldm.data.transforms import BrokenImage
+from ldm.data.decoding import BrokenImage
 from ldm.errors import UserError
 from ldm.runtime.logs import PlainFormatter
 

@@ -11,13 +11,15 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ldm.data import shards
-from ldm.data.shards import ENTRY, HEADER, ShardedCache
+from ldm.data import shard_index, shards
+from ldm.data.shard_files import ENTRY, HEADER, INDEX_MAGIC, entry_check, read_record
+from ldm.data.shards import ShardedCache
 from ldm.errors import UserError
 from tests.growth import assert_linear
 
@@ -297,7 +299,7 @@ assert all(cache.get(key(number)).tolist() == [number, 1] for number in range(40
 
 def test_flushed_records_are_on_the_disk_before_their_entries(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(shards.os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
     cache = ShardedCache(tmp_path, "latents")
     cache.put(key(0), array(0))
     cache.flush()
@@ -450,7 +452,7 @@ def rewritten(record, **fields):
     header = dict(zip(names, HEADER.unpack(record[: HEADER.size])), **fields)
     beginning = HEADER.pack(*header.values())[:-4]
     values = record[HEADER.size :]
-    return beginning + shards.zlib.crc32(beginning + values).to_bytes(4, "little") + values
+    return beginning + zlib.crc32(beginning + values).to_bytes(4, "little") + values
 
 
 @pytest.mark.parametrize(
@@ -492,8 +494,8 @@ def test_a_stated_length_allocates_no_more_than_the_file_has(tmp_path, warnings)
     index = tmp_path / "latents-0-1.index"
     for offset, length in [(0, 2**32 - 1), (2**32 - 1, 2**32 - 1), (2**32 - 1, RECORD), (0, 1 << 30), (0, 3)]:
         prefix = int(key(0)[:16], 16)
-        entry = np.array([(prefix, offset, length, shards._entry_check(prefix, offset, length))], ENTRY)
-        index.write_bytes(shards.INDEX_MAGIC + entry.tobytes())
+        entry = np.array([(prefix, offset, length, entry_check(prefix, offset, length))], ENTRY)
+        index.write_bytes(INDEX_MAGIC + entry.tobytes())
         tracemalloc.start()
         assert found(tmp_path, [0]) == []
         peak = tracemalloc.get_traced_memory()[1]
@@ -638,7 +640,7 @@ def full_disk(monkeypatch, room):
         left[0] -= count
         return count
 
-    monkeypatch.setattr(shards.os, "pwrite", pwrite)
+    monkeypatch.setattr(os, "pwrite", pwrite)
 
 
 def test_on_a_full_disk_new_arrays_stay_in_memory_with_one_warning(tmp_path, warnings):
@@ -672,7 +674,7 @@ def test_a_failing_flush_counts_as_a_full_disk(tmp_path, warnings, monkeypatch):
     def fsync(handle):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-    monkeypatch.setattr(shards.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     cache = ShardedCache(tmp_path, "latents")
     cache.put(key(0), array(0))
     cache.flush()
@@ -689,8 +691,8 @@ def test_a_failing_close_counts_as_a_full_disk(tmp_path, warnings, monkeypatch, 
     def fail(writer):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-    monkeypatch.setattr(shards._Writer, "flush", fail)
-    monkeypatch.setattr(shards._Writer, "close", fail)
+    monkeypatch.setattr(shards.ShardWriter, "flush", fail)
+    monkeypatch.setattr(shards.ShardWriter, "close", fail)
     cache = ShardedCache(tmp_path, "latents")
     cache.put(key(0), array(0))
     getattr(cache, method)()
@@ -758,40 +760,6 @@ def test_a_cache_that_another_user_closed_is_computed_again(unprivileged, warnin
 # Size and threads.
 
 
-def test_the_index_equals_a_dict_whatever_the_order_of_changes(monkeypatch):
-    monkeypatch.setattr(shards, "RECENT", 8)
-    monkeypatch.setattr(shards, "MERGED_ENTRIES", 30)
-    rng, index, expected = random.Random(0), shards._Index(), {}
-    prefixes = [
-        0,
-        1,
-        2**62,
-        2**62 + 1,
-        2**63 - 1,
-        2**63,
-        2**63 + 1,
-        2**64 - 1,
-        *(rng.getrandbits(64) for _ in range(30)),
-    ]
-    for round_number in range(1, 2000):
-        some = [rng.choice(prefixes) for _ in range(rng.choice([1, 3, 20]))]
-        change = rng.random()
-        if change < 0.4:
-            place = shards._Place(round_number, 5, 7)
-            index.add(some[0], place)
-            expected[some[0]] = place
-        elif change < 0.6:
-            index.remove(some[0])
-            expected.pop(some[0], None)
-        else:
-            places = [shards._Place(round_number, number, 7) for number in range(len(some))]
-            index.add_all(np.array(some, np.uint64), np.array(places, shards.PLACE))
-            expected.update(zip(some, places))
-        assert len(index._recent) <= 8
-        if rng.random() < 0.5:
-            assert {prefix: index.find(prefix) for prefix in prefixes} == {p: expected.get(p) for p in prefixes}
-
-
 def test_a_hundred_thousand_arrays_are_found_at_once_in_little_memory(tmp_path):
     """A million arrays take 12 s to put, 0.5 s to find and 33 MB."""
     keys = [key(number) for number in range(100_000)]
@@ -825,7 +793,7 @@ def test_reading_arrays_does_not_fill_the_memory(tmp_path):
 
 
 def test_one_thread_gets_while_another_one_puts(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "RECENT", 16)
+    monkeypatch.setattr(shard_index, "RECENT", 16)
     monkeypatch.setattr(shards, "SHARD_BYTES", 50 * RECORD)
     cache, other = ShardedCache(tmp_path, "latents"), ShardedCache(tmp_path, "latents", 1)
     done, faults, count = threading.Event(), [], [0]
@@ -856,7 +824,7 @@ def test_one_thread_gets_while_another_one_puts(tmp_path, monkeypatch):
 
 def test_what_is_put_while_a_damaged_record_is_read_stays(tmp_path, monkeypatch):
     fill(tmp_path, range(1))
-    shard, read_record = tmp_path / "latents-0-1.shard", shards._read_record
+    shard = tmp_path / "latents-0-1.shard"
     shard.write_bytes(flipped(shard.read_bytes(), 70))
     cache = ShardedCache(tmp_path, "latents")
 
@@ -865,7 +833,7 @@ def test_what_is_put_while_a_damaged_record_is_read_stays(tmp_path, monkeypatch)
         return read_record(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_read_record", read_while_the_other_thread_puts)
+        patch.setattr(shards, "read_record", read_while_the_other_thread_puts)
         assert cache.get(key(0)) is None
     assert cache.get(key(0))[0] == 0
 

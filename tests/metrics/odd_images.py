@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm.data.transforms import decoded
+from ldm.data.decoding import decoded
 from ldm.metrics.preprocessing import plain_rgb
 
 

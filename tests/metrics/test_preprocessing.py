@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.transforms import BrokenImage
+from ldm.data.decoding import BrokenImage
 from ldm.errors import UserError
 from ldm.metrics.preprocessing import CLIP_PREPROCESSING, clip_input, inception_input, nano_input
 from tests.metrics.odd_images import open_plain, write_odd_images

@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 from ldm.data.batches import BatchOrder  # noqa: E402
 from ldm.data.dataset import read_image_text_csv  # noqa: E402
 from ldm.data.draws import draws  # noqa: E402
-from ldm.data.training_data import data_of_rows  # noqa: E402
+from ldm.data.preparation import data_of_rows  # noqa: E402
 from ldm.models.stable_diffusion import build_model  # noqa: E402
 from ldm.settings.model import load_model_config  # noqa: E402
 from ldm.settings.train import TrainSettings  # noqa: E402

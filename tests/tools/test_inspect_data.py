@@ -14,8 +14,8 @@ from PIL import Image
 
 from ldm.data.batches import BatchOrder
 from ldm.data.checked_images import image_content
+from ldm.data.preparation import prepare_data, read_listing
 from ldm.data.sources.rows import FilePart
-from ldm.data.training_data import prepare_data, read_listing
 from ldm.errors import UserError
 from ldm.settings.model import load_model_config
 from ldm.settings.train import TrainSettings

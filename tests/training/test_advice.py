@@ -8,7 +8,7 @@ import re
 import pytest
 from PIL import Image
 
-from ldm.data.training_data import prepare_data, read_listing
+from ldm.data.preparation import prepare_data, read_listing
 from ldm.settings.model import load_model_config
 from ldm.settings.read import read_settings
 from ldm.settings.train import TrainSettings

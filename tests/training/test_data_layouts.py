@@ -12,8 +12,8 @@ from ldm.settings.train import TrainSettings
 from ldm.training.inputs import encode_ahead
 from ldm.training.setup import begin
 from ldm.training.trainer import run_steps, train
+from tests.data.prepared_data import BUCKETS, write, write_shards
 from tests.data.sources import layouts
-from tests.data.test_training_data import BUCKETS, write, write_shards
 from tests.training.micro import SETTINGS, metrics, prepare
 
 LORA = {"use_lora": True, "lora_rank": 2, "max_steps": 2, "start_learning_rate": 1e-3}

@@ -15,8 +15,8 @@ from PIL import Image
 from ldm.data.batches import BatchOrder
 from ldm.data.content import file_hash
 from ldm.data.dataset import Row
+from ldm.data.preparation import data_of_rows
 from ldm.data.shards import ShardedCache
-from ldm.data.training_data import data_of_rows
 from ldm.data.transforms import load_image
 from ldm.errors import UserError
 from ldm.runtime.device import Runtime

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from ldm.data.training_data import prepare_data, read_listing
+from ldm.data.preparation import prepare_data, read_listing
 from ldm.errors import UserError
 from ldm.settings.model import load_model_config
 from ldm.settings.train import TrainSettings

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm.data.shards import ENTRY
+from ldm.data.shard_files import ENTRY
 from ldm.training.own_files import find_states
 from ldm.training.trainer import train
 from ldm.training.training_state import load_state

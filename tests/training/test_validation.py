@@ -16,7 +16,7 @@ from mindspore import Tensor
 from PIL import Image
 
 from ldm.data.draws import draws
-from ldm.data.training_data import prepare_data, read_listing
+from ldm.data.preparation import prepare_data, read_listing
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.settings.model import load_model_config

@@ -27,7 +27,7 @@ from mindspore import Tensor, nn  # noqa: E402
 
 from ldm.data.batches import BatchOrder  # noqa: E402
 from ldm.data.dataset import read_image_text_csv  # noqa: E402
-from ldm.data.training_data import data_of_rows  # noqa: E402
+from ldm.data.preparation import data_of_rows  # noqa: E402
 from ldm.diffusion.loss import DiffusionLoss  # noqa: E402
 from ldm.diffusion.sampling import Sampling  # noqa: E402
 from ldm.diffusion.schedule import NoiseSchedule  # noqa: E402

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from ldm.data.buckets import Size, crop_box
 from ldm.data.checked_images import image_content
+from ldm.data.decoding import BrokenImage, read_size
 from ldm.data.sources.rows import FilePart, ImageFile
 from ldm.data.training_data import TrainingData
-from ldm.data.transforms import BrokenImage, ImageNotes, open_rgb, read_size
+from ldm.data.upright import ImageNotes, open_rgb
 from ldm.errors import UserError
 from ldm.files.inputs import open_file
 

@@ -35,7 +35,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm  # noqa: E402
 
-from ldm.data.transforms import parse_color  # noqa: E402
+from ldm.data.upright import parse_color  # noqa: E402
 from ldm.errors import UserError, plain  # noqa: E402
 from ldm.files.inputs import is_folder, is_there  # noqa: E402
 from ldm.files.outputs import claim_folder  # noqa: E402

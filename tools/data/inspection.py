@@ -17,13 +17,15 @@ from ldm.data.batches import BatchOrder
 from ldm.data.buckets import Buckets
 from ldm.data.captions import MOST_TOKENS
 from ldm.data.checked_images import CheckedImages
+from ldm.data.checked_rows import MAX_CHECKED
+from ldm.data.decoding import BrokenImage, read_size
 from ldm.data.draws import caption_draws
 from ldm.data.masks import MaskReport
+from ldm.data.preparation import prepare_data, read_listing
 from ldm.data.prior import PriorPlan, check_class_folder, plan_prior, with_class_images
-from ldm.data.shards import ENTRY, HEADER
+from ldm.data.shard_files import ENTRY, HEADER
 from ldm.data.sources.rows import EMPTY_CAPTION, NO_CAPTION, Listing, Row
-from ldm.data.training_data import MAX_CHECKED, TrainingData, prepare_data, read_listing
-from ldm.data.transforms import BrokenImage, read_size
+from ldm.data.training_data import TrainingData
 from ldm.errors import UserError, plain
 from ldm.settings.model import ModelConfig
 from ldm.settings.train import TrainSettings

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ldm.data.dataset import Row, read_image_text_csv
-from ldm.data.transforms import open_rgb
+from ldm.data.upright import open_rgb
 
 DATASETS = Path(__file__).resolve().parents[2] / "datasets"
 STYLES = ("emoji_fluent_hc", "emoji_twemoji")

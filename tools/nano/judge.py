@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from ldm.data.transforms import open_rgb  # noqa: E402
+from ldm.data.upright import open_rgb  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.settings.declare import REQUIRED, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402

@@ -24,7 +24,7 @@ from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from ldm.data.dataset import read_image_text_csv  # noqa: E402
-from ldm.data.transforms import open_rgb  # noqa: E402
+from ldm.data.upright import open_rgb  # noqa: E402
 from ldm.files.atomic import atomic_path  # noqa: E402
 from ldm.files.outputs import claim_file, claim_folder  # noqa: E402
 from ldm.settings.declare import REQUIRED, setting  # noqa: E402

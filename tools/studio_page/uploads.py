@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from ldm.data.transforms import BrokenImage, open_rgb
+from ldm.data.decoding import BrokenImage
+from ldm.data.upright import open_rgb
 from ldm.errors import UserError
 from ldm.files.atomic import atomic_path, temporary_folder
 from ldm.files.paths import writing

@@ -12,8 +12,9 @@ from functools import lru_cache
 import numpy as np
 
 from ldm.data.batches import BatchOrder
+from ldm.data.checked_rows import MAX_CHECKED
 from ldm.data.draws import caption_draws
-from ldm.data.training_data import MAX_CHECKED, TrainingData
+from ldm.data.training_data import TrainingData
 from ldm.errors import plain
 from ldm.models.stable_diffusion import StableDiffusion
 from ldm.settings.train import TrainSettings

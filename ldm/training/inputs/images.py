@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from ldm.data.training_data import MAX_BAD_FRACTION, TrainingData
+from ldm.data.checked_rows import MAX_BAD_FRACTION
+from ldm.data.training_data import TrainingData
 from ldm.errors import UserError, plain
 
 logger = logging.getLogger(__name__)

@@ -7,10 +7,10 @@ import logging
 import numpy as np
 from tqdm import tqdm
 
+from ldm.data.checked_rows import MAX_CHECKED
 from ldm.data.content import content_key
 from ldm.data.masks import MaskReport
 from ldm.data.shards import ShardedCache
-from ldm.data.training_data import MAX_CHECKED
 from ldm.data.transforms import IMAGE_CODE
 from ldm.errors import UserError
 from ldm.training.inputs.images import Images

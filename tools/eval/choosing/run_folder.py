@@ -14,7 +14,8 @@ from typing import NamedTuple, Optional
 import numpy as np
 
 from ldm.data.captions import longest_caption
-from ldm.data.training_data import TrainingData, prepare_data, read_listing
+from ldm.data.preparation import prepare_data, read_listing
+from ldm.data.training_data import TrainingData
 from ldm.errors import UserError, plain
 from ldm.files.inputs import content_hash, is_file, is_folder, is_there, list_folder, read_text
 from ldm.settings.model import ModelConfig
