@@ -94,7 +94,7 @@ def _warn_of_bf16_without_kernels() -> None:
 
 def add_row_bias() -> nn.Cell:
     """Bias of rows: (x (rows, C), bias (C,)) -> x + bias, in x's type. On Ascend `linear` adds it itself."""
-    return shared_cell(cpu.AddRowBias)
+    return shared_cell(cpu.AddRowBias, kernels_in_use() is not None)
 
 
 def conv2d(
@@ -139,7 +139,7 @@ def _ascend_conv2d(kernel_size: int, stride: int, padding: int | tuple[int, int,
 
 def add_channel_bias() -> nn.Cell:
     """Bias of channels: (x (N, C, H, W), bias (C,)) -> x + bias, in x's type. On Ascend `conv2d` adds it itself."""
-    return shared_cell(cpu.AddChannelBias)
+    return shared_cell(cpu.AddChannelBias, kernels_in_use() is not None)
 
 
 def group_norm(num_groups: int, eps: float) -> nn.Cell:

@@ -22,7 +22,16 @@ KEEPING = {"Transpose", "TransposeView", "GeLU", "GeLUGrad", "Gelu", "GeluGrad"}
 ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "RealDiv", "Maximum", "Minimum", "Pow"}
 STATED_BYTES = 4096  # the tiny UNet's activations are 64 KB to 512 KB; its rows, statistics and factors are below
 # Correct, but several times slower than the forms that stand in for them (ldm/ops).
-SLOW = {"GroupNorm", "GroupNormGrad", "LayerNorm", "LayerNormGrad", "BiasAddGrad", "ResizeNearestNeighbor", "Erfc"}
+SLOW = {
+    "GroupNorm",
+    "GroupNormGrad",
+    "LayerNorm",
+    "LayerNormGrad",
+    "BiasAdd",
+    "BiasAddGrad",
+    "ResizeNearestNeighbor",
+    "Erfc",
+}
 
 LINE = re.compile(r"^\s*%\S+ = (?:PrimFunc_)?(\w+)\(.*\n\s*: \((.*)\) -> \((.*)\)$", re.M)
 

@@ -67,6 +67,17 @@ def test_channel_bias():
     np.testing.assert_allclose(by_bias, weight.sum((0, 2, 3)), atol=1e-5)
 
 
+@needs_compiler
+@pytest.mark.parametrize("cell, shape", [(cpu.AddRowBias, (300, 321)), (cpu.AddChannelBias, (2, 5, 96, 97))])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_kernels_add_biases_as_mindspore_does(cell, shape, dtype):
+    """Bit for bit, in vectors and what is left over, in one thread and in several."""
+    x, bias = normal(*shape).astype(dtype), normal(shape[1], seed=1)
+    by_kernel, by_mindspore = (cell(in_vectors)(Tensor(x), Tensor(bias)).asnumpy() for in_vectors in (True, False))
+    assert by_kernel.dtype == dtype
+    np.testing.assert_array_equal(by_kernel, by_mindspore)
+
+
 def test_broadcast_add(device):
     x, shift, weight = normal(2, 5, 3, 4), normal(2, 5, 1, 1, seed=1), normal(2, 5, 3, 4, seed=2)
     y, (by_x, by_shift) = value_and_gradients(operators.broadcast_add(), x, shift, weight=weight)

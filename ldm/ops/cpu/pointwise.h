@@ -50,6 +50,34 @@ int unpack_bf16(ARGUMENTS) {
   });
 }
 
+// x (..., C), bias (C,) -> x + bias
+int add_row_bias(ARGUMENTS) {
+  int64_t values = product(shapes[0], ranks[0]), c = shapes[1][0];
+  bool valid = all_float32(count, types) && shapes[0][ranks[0] - 1] == c;
+  return run(valid, values / c, values, [&](int64_t first, int64_t end) {
+    const float *bias = p[1];
+    for (int64_t row = first; row < end; row++) {
+      const float *x = p[0] + row * c;
+      float *y = p[2] + row * c;
+#pragma omp simd
+      for (int64_t i = 0; i < c; i++) y[i] = x[i] + bias[i];
+    }
+  });
+}
+
+// x (N, C, ...), bias (C,) -> x + bias
+int add_channel_bias(ARGUMENTS) {
+  int64_t values = product(shapes[0], ranks[0]), c = shapes[1][0], pixels = product(shapes[0] + 2, ranks[0] - 2);
+  return run(all_float32(count, types) && shapes[0][1] == c, values / pixels, values, [&](int64_t first, int64_t end) {
+    for (int64_t plane = first; plane < end; plane++) {
+      const float *x = p[0] + plane * pixels, bias = p[1][plane % c];
+      float *y = p[2] + plane * pixels;
+#pragma omp simd
+      for (int64_t i = 0; i < pixels; i++) y[i] = x[i] + bias;
+    }
+  });
+}
+
 // x -> x * (1 + erf(x / sqrt 2)) / 2
 int gelu(ARGUMENTS) {
   return pointwise([](float x) { return x * cumulative(x); }, count, p, ranks, shapes, types);
