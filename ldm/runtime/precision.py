@@ -10,19 +10,18 @@ from collections.abc import Callable
 
 from ldm.runtime.processor import cpuinfo, instruction_sets
 
-AUTOMATIC_BF16 = True  # whether "auto" is bf16 where the kernels multiply it
 BF16_FLAG = "avx512_bf16"  # Linux's name of the instructions that the kernels multiply bf16 with
 
 
 def automatic_precision(multiplies_bf16: Callable[[], bool], keeps_fp32: bool = False) -> str:
-    """Return what precision "auto" stands for on the CPU: "fp32", or "bf16" with AUTOMATIC_BF16.
+    """Return what precision "auto" stands for on the CPU: "bf16" where the kernels multiply it, else "fp32".
 
     Args:
         multiplies_bf16: Whether the kernels multiply bf16 (ldm.ops.multiplies_bf16). It may have to compile them, and
             is asked only where it matters.
         keeps_fp32: Whether weights of the base model are trained. They are saved in fp32.
     """
-    return "bf16" if AUTOMATIC_BF16 and not keeps_fp32 and multiplies_bf16() else "fp32"
+    return "bf16" if not keeps_fp32 and multiplies_bf16() else "fp32"
 
 
 def kernels_are_expected_to_multiply_bf16() -> bool:

@@ -13,7 +13,7 @@ from ldm.generation import generate
 from ldm.generation.generate import check_same_precision
 from ldm.generation.pipeline import Pipeline
 from ldm.models.stable_diffusion import build_model
-from ldm.runtime import device, precision
+from ldm.runtime import device
 from ldm.runtime.device import COMPUTE_DTYPES, current_runtime, setup_runtime
 from ldm.settings.generate import GenerateSettings
 from ldm.settings.model import load_model_config
@@ -33,7 +33,6 @@ def base(tmp_path):
 
 @pytest.fixture(params=[True, False])
 def multiplies(request, monkeypatch):
-    monkeypatch.setattr(precision, "AUTOMATIC_BF16", True)
     for module in ("ldm.ops", "ldm.generation.pipeline"):
         monkeypatch.setattr(f"{module}.multiplies_bf16", lambda: request.param)
     return request.param

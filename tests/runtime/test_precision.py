@@ -29,23 +29,13 @@ def machine(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("automatic", "multiplies", "keeps_fp32", "found"),
-    [
-        (False, True, False, "fp32"),
-        (True, True, False, "bf16"),
-        (True, True, True, "fp32"),
-        (True, False, False, "fp32"),
-    ],
+    ("multiplies", "keeps_fp32", "found"), [(True, False, "bf16"), (True, True, "fp32"), (False, False, "fp32")]
 )
-def test_auto_is_bf16_only_where_it_is_switched_on_and_multiplied_and_weights_are_frozen(
-    monkeypatch, automatic, multiplies, keeps_fp32, found
-):
-    monkeypatch.setattr(precision, "AUTOMATIC_BF16", automatic)
+def test_auto_is_bf16_only_where_it_is_multiplied_and_weights_are_frozen(multiplies, keeps_fp32, found):
     assert precision.automatic_precision(lambda: multiplies, keeps_fp32) == found
 
 
-def test_kernels_are_not_compiled_to_keep_fp32(monkeypatch):
-    monkeypatch.setattr(precision, "AUTOMATIC_BF16", True)
+def test_kernels_are_not_compiled_to_keep_fp32():
     assert precision.automatic_precision(lambda: pytest.fail("asked"), keeps_fp32=True) == "fp32"
 
 

@@ -18,7 +18,6 @@ from ldm.lora.formats.mindone import write
 from ldm.lora.lora import LoRA
 from ldm.lora.updates import LoRALayer
 from ldm.models.layers import Conv2d, Linear
-from ldm.runtime import precision
 from ldm.runtime.device import setup_runtime
 from ldm.settings.model import load_model_config
 from ldm.training import setup
@@ -190,7 +189,6 @@ def test_a_unet_that_is_computed_twice_is_trained_as_without(settings, tmp_path)
 def test_auto_of_a_resumed_run_is_what_it_was_begun_in(
     settings, tmp_path, monkeypatch, caplog, begun_in, multiplies, found, said
 ):
-    monkeypatch.setattr(precision, "AUTOMATIC_BF16", True)
     monkeypatch.setattr(setup, "multiplies_bf16", lambda: multiplies)
     (tmp_path / "ckpt").mkdir()
     if begun_in:
@@ -206,7 +204,6 @@ def test_auto_of_a_resumed_run_is_what_it_was_begun_in(
 
 
 def test_a_training_of_the_whole_unet_stays_fp32(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(precision, "AUTOMATIC_BF16", True)
     monkeypatch.setattr(setup, "multiplies_bf16", lambda: True)
     given = {"precision": "auto"}
     assert begin(settings(tmp_path / "run", **given)).precision == "fp32"

@@ -327,7 +327,6 @@ def test_a_text_encoder_that_is_computed_twice_keeps_its_weights():
 
 @pytest.mark.parametrize("expected", [True, False])
 def test_auto_is_estimated_as_what_it_is_expected_to_be(monkeypatch, expected):
-    monkeypatch.setattr("ldm.runtime.precision.AUTOMATIC_BF16", True)
     monkeypatch.setattr("ldm.training.estimate.kernels_are_expected_to_multiply_bf16", lambda: expected)
     found, given = (estimated("nano", precision=name) for name in ("auto", "bf16" if expected else "fp32"))
     assert found.memory_gb == given.memory_gb
