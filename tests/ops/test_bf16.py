@@ -58,7 +58,17 @@ def test_rounding_is_mindspores():
 @FORMS
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs"),
-    [(1, 2, 2), (5, 34, 50), (97, 258, 66), (13, 520, 514), (1030, 64, 130), (1030, 520, 514), (3, 7, 4), (3, 4, 7)],
+    [
+        (1, 2, 2),
+        (5, 34, 50),
+        (97, 258, 66),
+        (13, 520, 514),
+        (1030, 64, 130),
+        (2100, 34, 50),
+        (1030, 520, 514),
+        (3, 7, 4),
+        (3, 4, 7),
+    ],
 )
 def test_linear(has_kernel, rows, inputs, outputs):
     x, weight, dy = normal(rows, inputs), normal(outputs, inputs, seed=1), normal(rows, outputs, seed=2)
