@@ -38,20 +38,36 @@ PANEL = 64
 libc = ctypes.CDLL(None, use_errno=True)
 
 
+TILERELEASE = bytes.fromhex("c4e27849c0")
+INSTRUCTIONS = ["-mamx-tile", "-mamx-bf16"]
 # What computes: the intrinsics as functions, the instructions that the compiler made, each of which ends in a handler
 # that does the same, or the tiles of this processor.
-FLAGS = {"model": ["tile_model.h", "-O1"], "traps": ["tile_traps.h", "-mamx-tile", "-mamx-bf16"]}
+FLAGS = {
+    "model": ["-O1", "-include", str(HERE / "tile_model.h")],
+    "traps": [*INSTRUCTIONS, "-include", str(HERE / "tile_traps.h")],
+    "processor": INSTRUCTIONS,
+}
+COMPILER = os.environ.get("CXX") or "c++"
+HAS_TILES = "amx_tile" in library.processor()
+
+
+@cache
+def knows(compiler: str, *flags: str) -> bool:
+    """Whether the compiler is there and takes these flags. (g++ 10 has AVX512-BF16 and no AMX.)"""
+    command = [*shlex.split(compiler), *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return shutil.which(command[0]) is not None and subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> Callable[[str], Path]:
+def compiled(tmp_path_factory) -> Callable[..., Path]:
     @cache
-    def compile_with(kind: str) -> Path:
+    def compile_with(kind: str, compiler: str = COMPILER, *more: str) -> Path:
+        if not knows(compiler, *FLAGS[kind]):
+            pytest.skip(f"{compiler} is not here, or has no AMX")
         path = tmp_path_factory.mktemp("tiles") / f"{kind}.so"
-        header, *flags = FLAGS[kind]
-        sources = [*flags, "-include", str(HERE / header), str(HERE / "tile_products.cc")]
-        compiler = shlex.split(os.environ.get("CXX") or "c++")
-        subprocess.run([*compiler, *library.COMPILE, *sources, *library.LINK, "-o", str(path)], check=True)
+        sources = [*more, *FLAGS[kind], str(HERE / "tile_products.cc")]
+        command = [*shlex.split(compiler), *library.COMPILE, *sources, *library.LINK, "-o", str(path)]
+        subprocess.run(command, check=True)
         return path
 
     return compile_with
@@ -59,7 +75,9 @@ def compiled(tmp_path_factory) -> Callable[[str], Path]:
 
 def loaded(path: Path) -> ctypes.CDLL:
     kernels = ctypes.CDLL(str(path))
-    assert unit(kernels) == b"amx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LDM_AMX", raising=False)
+        assert unit(kernels) == b"amx"
     return kernels
 
 
@@ -69,22 +87,12 @@ def model(compiled) -> ctypes.CDLL:
 
 
 @pytest.fixture(scope="module", params=FLAGS)
-def inside(request, compiled) -> ctypes.CDLL:
-    """Kernels by tiles, with the functions of tile_products.cc."""
-    if request.param == "traps" and "amx_tile" in library.processor():
-        pytest.skip("this processor does not refuse the instructions")
-    return loaded(compiled(request.param))
-
-
-@pytest.fixture(scope="module", params=[*FLAGS, "processor"])
 def tiles(request, compiled) -> ctypes.CDLL:
-    """Kernels by tiles."""
-    if request.param == "processor":
-        if library.bf16_unit() != "amx":
-            pytest.skip("this processor has no AMX")
-        return loaded(library.kernel_library())
-    if request.param == "traps" and "amx_tile" in library.processor():
+    """Kernels by tiles, with the functions of tile_products.cc."""
+    if request.param == "traps" and HAS_TILES:
         pytest.skip("this processor does not refuse the instructions")
+    if request.param == "processor" and library.bf16_unit() != "amx":
+        pytest.skip("this processor has no AMX")
     return loaded(compiled(request.param))
 
 
@@ -195,7 +203,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize("kind", ["rows", "transposed", "taps"])
-def test_product(inside, kind):
+def test_product(tiles, kind):
     """Edges of rows, columns and pairs, alone and at random together."""
     rng = np.random.default_rng(0)
     some = zip(rng.integers(1, 100, 60), rng.integers(1, 200, 60), rng.integers(16, 150, 60))
@@ -212,7 +220,7 @@ def test_product(inside, kind):
             held[:, :n] = before
         c, packed = guarded(held.reshape(-1)[: (m - 1) * ldc + n], at_end), panels(b, at_end)
         sizes = ctypes.c_int64(m), ctypes.c_int64(n)
-        inside.product_by_tiles(*sizes, ctypes.byref(rows), address(packed), address(c), ctypes.c_int64(ldc), int(add))
+        tiles.product_by_tiles(*sizes, ctypes.byref(rows), address(packed), address(c), ctypes.c_int64(ldc), int(add))
         found = np.full(m * ldc, np.nan, np.float32)
         found[: c.size] = c
         expected = np.full((m, ldc), np.nan, np.float32)
@@ -320,6 +328,7 @@ def test_the_results_do_not_depend_on_the_threads_or_on_other_rows(tiles):
 @pytest.mark.parametrize("variable", ["TILE_MODEL_REFUSES", "TILE_MODEL_WRONG", "LDM_AMX"])
 def test_without_tiles_that_work_products_are_by_vectors(compiled, vectors, tmp_path, monkeypatch, variable):
     """Linux refuses, a product is wrong, or the user does not want them."""
+    monkeypatch.delenv("LDM_AMX", raising=False)
     monkeypatch.setenv(variable, "0")
     path = tmp_path / "others.so"
     shutil.copyfile(compiled("model"), path)  # which is loaded as another
@@ -331,6 +340,18 @@ def test_without_tiles_that_work_products_are_by_vectors(compiled, vectors, tmp_
         found.append(np.empty((33, 50), np.float32))
         call(each, "linear_bf16", x, weight, found[-1])
     np.testing.assert_array_equal(*found)
+
+
+# clang++ up to 14 has other names for the macros of AMX.
+@pytest.mark.parametrize("compiler", ["g++", "clang++", "clang++-14"])
+def test_the_processor_and_linux_are_asked(compiled, compiler):
+    """As users compile the kernels where there are tiles. Here the processor may say that it has none."""
+    path = compiled("processor", compiler, "-O1")
+    assert TILERELEASE in path.read_bytes(), "tiles are compiled"
+    kernels = ctypes.CDLL(str(path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LDM_AMX", raising=False)
+        assert unit(kernels) in ((b"amx", b"avx512_bf16") if HAS_TILES else (b"avx512_bf16",))
 
 
 def test_the_units_name(monkeypatch):

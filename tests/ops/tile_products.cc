@@ -1,4 +1,5 @@
-// The kernels with the tiles of tile_model.h, and functions by which test_tiles.py reaches what is inside.
+// The kernels with the tiles of tile_model.h, or those of the processor, and functions by which test_tiles.py reaches what is
+// inside.
 #include "../../ldm/ops/cpu/kernels.cc"
 
 extern "C" {
@@ -7,6 +8,8 @@ void product_by_tiles(int64_t m, int64_t n, const Rows *a, const Pair *b, float 
   ConfiguredTiles tiles;
   multiply_by_tiles(m, n, *a, b, c, ldc, add);
 }
+
+#ifdef TILES_ARE_MODELLED
 
 int tiles_are_configured(void) { return tile_model::state.configured; }
 
@@ -49,5 +52,7 @@ void misuse(int number) {
   _tile_release();
   if (number == 13) _tile_dpbf16ps(0, 1, 2);
 }
+
+#endif
 
 }  // extern "C"
