@@ -198,6 +198,8 @@ SIZES = [
     *[(m, 40, 64) for m in (1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 96)],
     *[(33, n, 32) for n in (1, 15, 16, 17, 31, 32, 33, 48, 49, 63, 64, 65, 81, 127, 128, 130)],
     *[(5, 70, pairs) for pairs in (256, 300, 513, 513)],
+    # Straight from memory, without gathering, beyond the first CHUNK.
+    *[size for size in ((32, 70, 512), (48, 64, 640), (96, 40, 272), (49, 65, 513)) for _ in ("set", "add")],
     *[(19, 50, pairs) for pairs in (16, 17, 20, 24, 31, 39, 40, 126, 255, 256, 257, 272, 280, 523)],
 ]
 
