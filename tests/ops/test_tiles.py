@@ -327,11 +327,20 @@ def test_the_results_do_not_depend_on_the_threads_or_on_other_rows(tiles):
         np.testing.assert_array_equal(alone[0], y[row])
 
 
-@pytest.mark.parametrize("variable", ["TILE_MODEL_REFUSES", "TILE_MODEL_WRONG", "LDM_AMX"])
-def test_without_tiles_that_work_products_are_by_vectors(compiled, vectors, tmp_path, monkeypatch, variable):
-    """Linux refuses, a product is wrong, or the user does not want them."""
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("LDM_AMX", 0),
+        ("TILE_MODEL_REFUSES", 1),
+        ("TILE_MODEL_WRONG", 1),
+        *[("TILE_MODEL_WRONG_STRIDE", stride) for stride in (256, 1024, 1200, 360, 200)],
+    ],
+)
+def test_without_tiles_that_work_products_are_by_vectors(compiled, vectors, tmp_path, monkeypatch, variable, value):
+    """The user does not want them, Linux refuses, or a product is wrong: at all, or with loads of a panel, of gathered
+    rows, of rows as they are, or of sums of 90 or of 50 columns."""
     monkeypatch.delenv("LDM_AMX", raising=False)
-    monkeypatch.setenv(variable, "0")
+    monkeypatch.setenv(variable, str(value))
     path = tmp_path / "others.so"
     shutil.copyfile(compiled("model"), path)  # which is loaded as another
     kernels = ctypes.CDLL(str(path))
