@@ -159,18 +159,18 @@ void gather_tile(const Rows &a, int64_t rows, int64_t first, __mmask16 wanted, P
     transpose_16x16(a.data + first * a.outer, a.outer, SIDE, rows, to, CHUNK);
     for (int64_t row = 0; row < rows; row++)
       _mm512_storeu_si512(to + row * CHUNK, _mm512_maskz_loadu_epi32(wanted, to + row * CHUNK));
+  } else if (a.outers == 1) {
+    for (int64_t row = 0; row < rows; row++)
+      _mm512_storeu_si512(to + row * CHUNK, _mm512_maskz_loadu_epi32(wanted, a.data + row * a.row + first));
   } else {
-    for (int64_t row = 0; row < rows; row++) {
-      const Pair *from = a.data + row * a.row;
-      if (a.outers == 1) {
-        _mm512_storeu_si512(to + row * CHUNK, _mm512_maskz_loadu_epi32(wanted, from + first));
-        continue;
-      }
-      for (int64_t i = 0; i < SIDE; i++) {
-        int64_t outer = (first + i) / a.inners, inner = (first + i) % a.inners;
-        to[row * CHUNK + i] = wanted >> i & 1 ? from[outer * a.outer + inner] : 0;
-      }
+    // One division for all rows: one for each pair would take longer than the products.
+    int64_t offsets[SIDE], outer = first / a.inners, inner = first % a.inners;
+    for (int64_t i = 0; i < SIDE; i++) {
+      offsets[i] = outer * a.outer + inner;
+      if (++inner == a.inners) inner = 0, outer++;
     }
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t i = 0; i < SIDE; i++) to[row * CHUNK + i] = wanted >> i & 1 ? a.data[row * a.row + offsets[i]] : 0;
   }
 }
 
