@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 from ldm.ops.cpu import library
-from tests.ops.helpers import needs_compiler, normal
+from tests.ops.helpers import call, needs_compiler, normal
 from tests.ops.test_bf16 import rounded
 
 pytestmark = [
@@ -137,22 +137,6 @@ def bf16(values: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
-def call(kernels: ctypes.CDLL, name: str, *arrays: np.ndarray) -> None:
-    count = len(arrays)
-    shapes = [(ctypes.c_int64 * array.ndim)(*array.shape) for array in arrays]
-    types = [b"bfloat16" if array.dtype == np.uint16 else b"float32" for array in arrays]
-    failed = getattr(kernels, name)(
-        count,
-        (ctypes.c_void_p * count)(*(array.ctypes.data for array in arrays)),
-        (ctypes.c_int * count)(*(array.ndim for array in arrays)),
-        (ctypes.c_void_p * count)(*(ctypes.addressof(shape) for shape in shapes)),
-        (ctypes.c_char_p * count)(*types),
-        None,
-        None,
-    )
-    assert failed == 0, name
-
-
 def address(array: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
@@ -254,6 +238,10 @@ def test_linear(tiles, vectors, rows, inputs, outputs):
         by_vectors, by_tiles = both(tiles, vectors, name, [x, bf16(weight)], [(rows, result)])
         np.testing.assert_array_equal(by_tiles[0], by_vectors[0])
         np.testing.assert_array_equal(by_tiles[0], x @ (weight.T if result == outputs else weight))
+
+
+def test_no_outputs(tiles):
+    call(tiles, "linear_bf16", normal(3, 32), np.empty((0, 32), np.uint16), np.empty((3, 0), np.float32))
 
 
 @pytest.mark.parametrize(
