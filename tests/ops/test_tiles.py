@@ -294,22 +294,37 @@ def near(actual: list[np.ndarray], expected: list[np.ndarray]) -> None:
         assert np.sqrt(np.mean((x - y) ** 2)) <= 3e-4 * np.sqrt(np.mean(y**2)) + 1e-6
 
 
-def test_the_results_do_not_depend_on_the_threads_or_on_other_rows(tiles):
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
+@pytest.mark.parametrize("name", ["linear_bf16", "convolution_bf16", "attention_bf16", "attention_bf16_dx"])
+def test_the_results_do_not_depend_on_the_threads(tiles, name):
     """To the last bit, of numbers that are rounded."""
+    q, k, v = normal(2 * 300, 80), normal(2 * 130, 80, seed=1), normal(2 * 130, 80, seed=2)
+    settings = np.float32([2, 2, 0])
+    inputs, outputs = {
+        "linear_bf16": ([normal(1100, 64), bf16(normal(336, 64, seed=1))], [(1100, 336)]),
+        "convolution_bf16": ([normal(1, 34, 48, 48), bf16(normal(50, 34, 3, 3))], [(1, 50, 48, 48), (50, 16, 17)]),
+        "attention_bf16": ([q, k, v, settings], [q.shape]),
+        "attention_bf16_dx": ([q, k, v, normal(*q.shape), normal(*q.shape), settings], [q.shape, k.shape, v.shape]),
+    }[name]
     processors = os.sched_getaffinity(0)
     ms.ops.add(ms.Tensor(np.ones(100000, np.float32)), 1).asnumpy()  # MindSpore has its threads
-    x, weight = normal(1100, 64), bf16(rounded(normal(336, 64, seed=1)))
     found = []
     for some in ({min(processors)}, processors):
+        results = [np.full(shape, np.nan, np.float32) for shape in outputs]
         os.sched_setaffinity(0, some)
         try:
-            y = np.empty((1100, 336), np.float32)
-            call(tiles, "linear_bf16", x, weight, y)
+            call(tiles, name, *inputs, *results)
         finally:
             os.sched_setaffinity(0, processors)
-        found.append(y)
-    np.testing.assert_array_equal(*found)
-    alone = np.empty((1, 336), np.float32)
+        found.append(results)
+    for one, many in zip(*found):
+        np.testing.assert_array_equal(one, many)
+
+
+def test_the_result_of_a_row_does_not_depend_on_others(tiles):
+    x, weight = normal(1100, 64), bf16(normal(336, 64, seed=1))
+    y, alone = np.empty((1100, 336), np.float32), np.empty((1, 336), np.float32)
+    call(tiles, "linear_bf16", x, weight, y)
     for row in (0, 40, 1007, 1099):
         call(tiles, "linear_bf16", x[row : row + 1], weight, alone)
         np.testing.assert_array_equal(alone[0], y[row])
@@ -359,17 +374,33 @@ def test_the_units_name(monkeypatch):
     assert library.bf16_unit.__wrapped__() is None
 
 
-class TestModel:
-    @pytest.mark.parametrize("number", range(14))
-    def test_what_a_processor_refuses_ends_the_process(self, model, number):
-        child = os.fork()
-        if not child:
+def signal_of_child(function: Callable[[], object]) -> int:
+    """Return the number of the signal that ends a process which calls the function, 0 if it ends without."""
+    child = os.fork()
+    if not child:
+        try:
+            signal.alarm(10)  # other threads may have held locks
             faulthandler.disable()
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            model.misuse(number)
+            function()
+        finally:
             os._exit(0)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGABRT
+    return os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(HAS_TILES, reason="this processor does not refuse the instructions")
+@pytest.mark.parametrize("number", range(4))
+def test_traps_leave_other_instructions_to_the_handler_before(compiled, number):
+    traps = loaded(compiled("traps"))
+    assert signal_of_child(lambda: traps.execute_no_tile(number)) == signal.SIGILL
+    assert signal_of_child(lambda: traps.execute_no_tile(-1)) == 0
+
+
+class TestModel:
+    @pytest.mark.parametrize("number", range(14))
+    def test_what_a_processor_refuses_ends_the_process(self, model, number):
+        assert signal_of_child(lambda: model.misuse(number)) == signal.SIGABRT
 
     def test_what_it_accepts_does_not(self, model):
         model.misuse(-1)

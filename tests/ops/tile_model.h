@@ -4,6 +4,7 @@
 // With `g++ -include tile_model.h`, kernels that are written with the intrinsics compute with this.
 #pragma once
 #include <immintrin.h>
+#include <unistd.h>
 
 #include <cfloat>
 #include <cmath>
@@ -37,7 +38,9 @@ bool permitted = false;  // the process
 
 void demand(bool condition, const char *what, int tile = -1) {
   if (condition) return;
-  std::fprintf(stderr, "tile_model: %s (tile %d)\n", what, tile);
+  char message[128];  // without stdio: a child after fork() may not wait for its lock, which another thread held
+  int length = std::snprintf(message, sizeof message, "tile_model: %s (tile %d)\n", what, tile);
+  [[maybe_unused]] ssize_t written = write(STDERR_FILENO, message, size_t(length));
   std::abort();
 }
 

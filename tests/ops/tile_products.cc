@@ -53,6 +53,18 @@ void misuse(int number) {
   if (number == 13) _tile_dpbf16ps(0, 1, 2);
 }
 
+#ifdef TILES_ARE_TRAPPED
+// What the traps must not take for one of theirs: UD2, and instructions beside theirs that no processor has.
+void execute_no_tile(int number) {
+  tile_traps::install();  // again: faulthandler.disable() sets the handler of before
+  _tile_loadconfig(&TILES);  // which is one of theirs
+  if (number == 0) asm volatile("ud2");
+  if (number == 1) asm volatile(".byte 0xc4, 0xe2, 0x78, 0x5c, 0xc1");  // TDPBF16PS without its prefix
+  if (number == 2) asm volatile(".byte 0xc4, 0xe2, 0x78, 0x49, 0xc1");  // TILERELEASE of a register
+  if (number == 3) asm volatile(".byte 0xc4, 0xe2, 0xf8, 0x49, 0xc0");  // or with W = 1
+}
+#endif
+
 #endif
 
 }  // extern "C"
