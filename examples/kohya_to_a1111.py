@@ -186,8 +186,10 @@ def show_file(path: Path) -> None:
 def compare_files(base: str, own: Path, others: dict[str, Path], prompts: list[str], output: Path) -> None:
     """Draw the prompts with each file, write them side by side, and print how far they are from those of `own`."""
     from ldm.generation.pipeline import Pipeline
+    from ldm.runtime.device import setup_runtime
 
     print("\nFrom Python, one pipeline draws with all files:", flush=True)
+    setup_runtime()  # fp32 on the CPU, so that only the rounding of the files is seen
     pipe = Pipeline.from_checkpoint(base)
     drawn, columns = {}, {}
     for name, loras in {"base model": [], "own file": [own], **{name: [path] for name, path in others.items()}}.items():

@@ -132,7 +132,7 @@ def open_studio(settings: Settings) -> Any:
     model = {name: getattr(settings, name) for name in MODEL}
     trainings = Trainings(
         folders.roots["runs"], under_root("configs/train"), checkpoint.resolve(), _below_root(config.path),
-        settings.device_target,
+        settings.device_target, settings.precision,
     )  # fmt: skip
     title = f"{version or config.architecture} ({checkpoint.name})"
     return Studio(folders, Generator(folders.roots["images"]), trainings, model, title, config.image_size)

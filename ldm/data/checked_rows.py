@@ -1,10 +1,10 @@
-"""Leaves out rows whose images cannot be used, and chooses the rows that are held out for validation."""
+"""Leaves out rows whose images cannot be used: they do not decode, or are too small."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,10 +12,8 @@ from ldm.data.buckets import Size
 from ldm.data.checked_images import broken_reason, check_images, each_image
 from ldm.data.content import FileHash
 from ldm.data.decoding import read_size
-from ldm.data.draws import draws
 from ldm.data.sources.row_file import RowFile
 from ldm.data.sources.rows import ImageFile, Listing, report_left_out
-from ldm.data.training_data import TrainingData, subset_of_rows
 from ldm.errors import UserError
 from ldm.settings.train import TrainSettings
 
@@ -93,36 +91,3 @@ def check_rows(listing: Listing, settings: TrainSettings, record: Path | None, p
         contents=[contents[row.image] for row in rows] if decodes else None,
         sizes=np.array([sizes[row.image] for row in rows], np.int64) if needs_sizes else None,
     )
-
-
-def held_out(listing: Listing, settings: TrainSettings) -> np.ndarray:
-    """Return which rows (N,) bool are held out for validation: a share of the images of each subset.
-
-    Rows of the same image go together. Class images are not held out. One image of a subset is left to train on unless
-    the share is 1, and none is held out where validation_data_path gives other images.
-    """
-    subsets = subset_of_rows(listing.rows, len(listing.subsets))
-    out = np.zeros(len(subsets), bool)
-    for number, subset in enumerate(listing.subsets):
-        share: Any = subset.settings.get("validation_split", settings.validation_split)
-        if not share or subset.is_reg or settings.validation_data_path is not None:
-            continue
-        seed: Any = subset.settings.get("validation_seed", settings.validation_seed)
-        places = np.flatnonzero(subsets == number)
-        images = list(dict.fromkeys(listing.rows[place].image for place in places))
-        count = len(images) if share == 1 else min(round(len(images) * share), len(images) - 1)
-        seed = settings.seed if seed is None else seed
-        chosen = {images[i] for i in draws(seed, "validation", number).permutation(len(images))[: max(0, count)]}
-        out[places] = [listing.rows[place].image in chosen for place in places]
-    return out
-
-
-def report_trained(validation: CheckedRows, data: TrainingData) -> None:
-    """Warn if images for validation are trained as well, as far as they are known by their content."""
-    trained = set(data.contents or ())
-    count = sum(content in trained for content in validation.contents or ())
-    if count:
-        logger.warning(
-            "%s of %s images for validation are trained as well: their loss does not say how new images fare",
-            f"{count:,}", f"{len(validation.listing.rows):,}",
-        )  # fmt: skip

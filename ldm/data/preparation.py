@@ -13,12 +13,13 @@ import numpy as np
 
 from ldm.data import dataset, sources
 from ldm.data.buckets import Buckets, check_multiple, join_buckets, make_buckets
-from ldm.data.checked_rows import CheckedRows, check_rows, held_out, report_trained
+from ldm.data.checked_rows import CheckedRows, check_rows
+from ldm.data.draws import draws
 from ldm.data.masks import Mask, MaskFinder
 from ldm.data.prior import plan_prior, with_instance_prompt
 from ldm.data.sources import image_text_csv
 from ldm.data.sources.rows import Listing, ReadOptions, Row, Subset
-from ldm.data.training_data import SubsetRules, TrainingData, subset_of_rows
+from ldm.data.training_data import SubsetRules, TrainingData, subset_numbers
 from ldm.data.upright import parse_color
 from ldm.errors import UserError, plain
 from ldm.settings.data import BucketSettings, CaptionSettings
@@ -88,7 +89,7 @@ def prepare_data(
         UserError: Too many images are unusable, none is left to train on, or settings contradict each other.
     """
     checked = check_rows(listing, settings, record, plain(str(settings.data_path)))
-    out = held_out(checked.listing, settings)
+    out = _held_out(checked.listing, settings)
     training = checked.take(np.flatnonzero(~out))
     plan = plan_prior(training.listing, settings.prior_loss_weight)
     for line in plan.lines:
@@ -111,7 +112,7 @@ def prepare_data(
         other = _read(settings.validation_data_path, settings)
         own_record = None if record is None else record.with_name(f"validation_{record.name}")
         validation = check_rows(other, settings, own_record, plain(settings.validation_data_path))
-        report_trained(validation, data)
+        _report_trained(validation, data)
     elif out.any():
         validation = checked.take(np.flatnonzero(out))
     else:
@@ -125,6 +126,39 @@ def prepare_data(
         "%s images are for validation, %s for training", f"{len(validation.listing.rows):,}", f"{len(data.rows):,}"
     )
     return data, _prepared(validation, settings, config, np.ones(len(validation.listing.rows), np.int64), None)
+
+
+def _held_out(listing: Listing, settings: TrainSettings) -> np.ndarray:
+    """Return which rows (N,) bool are held out for validation: a share of the images of each subset.
+
+    Rows of the same image go together. Class images are not held out. One image of a subset is left to train on unless
+    the share is 1, and none is held out where validation_data_path gives other images.
+    """
+    subsets = subset_numbers(listing.rows, len(listing.subsets))
+    out = np.zeros(len(subsets), bool)
+    for number, subset in enumerate(listing.subsets):
+        share: Any = subset.settings.get("validation_split", settings.validation_split)
+        if not share or subset.is_reg or settings.validation_data_path is not None:
+            continue
+        seed: Any = subset.settings.get("validation_seed", settings.validation_seed)
+        places = np.flatnonzero(subsets == number)
+        images = list(dict.fromkeys(listing.rows[place].image for place in places))
+        count = len(images) if share == 1 else min(round(len(images) * share), len(images) - 1)
+        seed = settings.seed if seed is None else seed
+        chosen = {images[i] for i in draws(seed, "validation", number).permutation(len(images))[: max(0, count)]}
+        out[places] = [listing.rows[place].image in chosen for place in places]
+    return out
+
+
+def _report_trained(validation: CheckedRows, data: TrainingData) -> None:
+    """Warn if images for validation are trained as well, as far as they are known by their content."""
+    trained = set(data.contents or ())
+    count = sum(content in trained for content in validation.contents or ())
+    if count:
+        logger.warning(
+            "%s of %s images for validation are trained as well: their loss does not say how new images fare",
+            f"{count:,}", f"{len(validation.listing.rows):,}",
+        )  # fmt: skip
 
 
 def _without_effect(settings: TrainSettings, data: TrainingData) -> list[str]:
@@ -162,7 +196,7 @@ def _prepared(
         )
     rules = tuple(_rules(settings, subset) for subset in listing.subsets)
     of_dataset = np.array([subset.dataset for subset in listing.subsets])[
-        subset_of_rows(listing.rows, len(listing.subsets))
+        subset_numbers(listing.rows, len(listing.subsets))
     ]
     parts = []
     for number in np.unique(of_dataset):

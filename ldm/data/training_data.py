@@ -256,7 +256,7 @@ class TrainingData:
             return []
         buckets = self.buckets
         arrays = [
-            subset_of_rows(self.rows, len(self.subsets)),
+            subset_numbers(self.rows, len(self.subsets)),
             buckets.of_row,
             buckets.repeats,
             buckets.scales,
@@ -266,7 +266,7 @@ class TrainingData:
         return [digests, buckets.sizes, [repr(rules) for rules in self.rules]]
 
 
-def subset_of_rows(rows: Sequence[Row], count: int) -> np.ndarray:
+def subset_numbers(rows: Sequence[Row], count: int) -> np.ndarray:
     """Return the number of the subset (N,) of each row. There are `count` subsets."""
     if count == 1:
         return np.zeros(len(rows), np.int32)

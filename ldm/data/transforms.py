@@ -15,7 +15,8 @@ from ldm.data.sources.rows import ImageFile
 from ldm.data.upright import WHITE, Color, ImageNotes, upright_rgb
 from ldm.errors import UserError
 
-# The version of what is made of an image, which the keys of cached latents hold: raise it with every change of pixels.
+# The version of what is made of an image, here and in ldm.data.upright and ldm.data.decoding, which the keys of cached
+# latents hold: raise it with every change of pixels.
 IMAGE_CODE = f"1, {'with' if features.check('littlecms2') else 'without'} colour profiles"
 
 

@@ -1,4 +1,7 @@
-"""Turn decoded images upright and convert them to sRGB, or read them as numbers: a mask, an alpha channel."""
+"""Turn decoded images upright and convert them to sRGB, or read them as numbers: a mask, an alpha channel.
+
+Whoever changes pixels raises `ldm.data.transforms.IMAGE_CODE`.
+"""
 
 from __future__ import annotations
 

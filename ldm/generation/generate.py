@@ -113,7 +113,7 @@ def generate_cells(settings: GenerateSettings, cells: Sequence[Cell], open_model
         settings.use_parallel,
         lambda: _automatic_precision(settings),
     )
-    check_same_precision(runtime.precision)
+    check_same_precision(runtime.precision, settings.resume)
     process = runtime.process_index
     with nullcontext() if process == 0 else output_to_file(Path(settings.output_path) / f"log-{process}.txt"):
         if process:
@@ -130,14 +130,17 @@ def _automatic_precision(settings: GenerateSettings) -> str:
     return begun_in or automatic_precision(multiplies_bf16)
 
 
-def check_same_precision(precision: str) -> None:
-    """Raise UserError in process 0 if another process has another precision: the images' texts name one."""
+def check_same_precision(precision: str, resumes: bool) -> None:
+    """Raise UserError in process 0 if another process has another precision: the images' texts name one.
+
+    Where the run `resumes` images, process 0 has the precision that they were begun in.
+    """
     found = [data.decode() for data in peers.gather(precision.encode())] if peers.are_connected() else []
     other = next((process for process, name in enumerate(found) if name != found[0]), None)
     if other is not None:
         raise ReportedError(
             f"process {other} computes in {plain(found[other], 60)} and process 0 in {found[0]}, because their "
-            "processors differ: give --precision fp32"
+            f"processors{' or folders' * resumes} differ: give --precision {found[0] if resumes else 'fp32'}"
         )
 
 
@@ -151,11 +154,11 @@ def _generate_images(
     """Load the models and generate this process's share of the images. The first process writes all."""
     from ldm.generation.pipeline import Pipeline
     from ldm.generation.run import by_model, images_of, load_pipeline
-    from ldm.ops import multiplies_bf16
+    from ldm.ops import bf16_unit
     from ldm.runtime.device import decide_flash_attention, describe_runtime
 
     flash_attention = decide_flash_attention(settings.enable_flash_attention, runtime)
-    logger.info("%s", describe_runtime(runtime, flash_attention, multiplies_bf16))
+    logger.info("%s", describe_runtime(runtime, flash_attention, bf16_unit))
     # The LoRAs are read before the base model, which takes longer, so that a wrong file is reported early.
     images = images_of(cells)
     # Before samples/ is renamed, where the image may be.

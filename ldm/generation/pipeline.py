@@ -80,8 +80,9 @@ class Pipeline(BatchGenerator):
                 version's published file under models/, or for the nano model that comes with this project.
             version: A key of ldm.settings.versions.VERSIONS. None detects the model from the checkpoint.
             config: A model YAML, or a configuration, instead of the version's.
-            dtype: ms.float32, ms.float16, or ms.bfloat16 on the CPU, for UNet and text encoder. None for fp16 on Ascend
-                and that of ldm.runtime.precision on the CPU, or the precision that MindSpore was set up with.
+            dtype: ms.float32, ms.float16, or ms.bfloat16 on the CPU, for UNet and text encoder. None for the precision
+                that MindSpore was set up with, or else for fp16 on Ascend, bf16 on a CPU whose kernels multiply it, and
+                fp32 on others.
             unet: A checkpoint whose UNet replaces the base checkpoint's.
             vae: A checkpoint whose VAE replaces the base checkpoint's.
             ema: Load the moving averages of the UNet's weights that the checkpoint holds.

@@ -19,7 +19,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from ldm.ops import ascend, composite, cpu, portable
-from ldm.ops.cpu.library import kernel_library, multiplies_bf16
+from ldm.ops.cpu.library import bf16_unit, kernel_library, multiplies_bf16
 from ldm.ops.graph import Identity, RepeatedCell, Sequential, add, cast, free_graphs, shared_cell
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "mean",
+    "bf16_unit",
     "multiplies_bf16",
     "on_ascend",
     "pixels_to_tokens",
@@ -88,7 +89,7 @@ def _warn_of_bf16_without_kernels() -> None:
         logger.warning(
             "precision bf16 takes more memory than fp32 here, and about twice the time: MindSpore has no product of "
             "bf16 weights on the CPU, and this project's kernels are not there, so all weights are unpacked at once. "
-            "Use --precision fp32 (or auto), or install g++ on Linux"
+            "Install g++ on Linux, or begin a new run with --precision fp32"
         )
 
 

@@ -130,7 +130,7 @@ def setup_runtime(
     if device_target != "CPU":
         # MindSpore reads it when it initialises the device, which the check for an Ascend may do.
         os.environ.setdefault("MS_ASCEND_CHECK_OVERFLOW_MODE", "INFNAN_MODE")
-    device = device_target or ("Ascend" if _has_ascend() else "CPU")
+    device = device_target or ("Ascend" if has_ascend() else "CPU")
     if precision == "auto":
         precision = "fp16" if device == "Ascend" else "fp32" if mode == PYNATIVE else automatic()
     compute_dtype = COMPUTE_DTYPES[precision]
@@ -171,14 +171,17 @@ def check_compute_dtype(device: str, dtype: ms.Type, mode: int) -> None:
         raise UserError(PYNATIVE_BF16_FAULT)
 
 
-def describe_runtime(runtime: Runtime, flash_attention: bool, multiplies_bf16: Callable[[], bool]) -> str:
+def describe_runtime(runtime: Runtime, flash_attention: bool, bf16_unit: Callable[[], str | None]) -> str:
     """Return one line for the log: device, precision and what else depends on the device.
 
-    `multiplies_bf16` is ldm.ops.multiplies_bf16, and is asked in bf16 alone.
+    `bf16_unit` is ldm.ops.bf16_unit, and is asked in bf16 alone.
     """
     if not runtime.is_ascend:
-        slower = runtime.bf16 and not multiplies_bf16()
-        return f"device: {runtime.device}, {runtime.precision}" + ", slower than fp32 on this machine" * slower
+        note = ""
+        if runtime.bf16:
+            unit = bf16_unit()
+            note = f" by {unit}" if unit else ", which this machine's kernels do not multiply (docs/precision.md)"
+        return f"device: {runtime.device}, {runtime.precision}{note}"
     return (
         f"device: Ascend {ms.get_context('device_id')}, {runtime.soc or 'of unknown name'}, {runtime.precision}, "
         f"precision mode {runtime.precision_mode or 'not set by this project'}, jit_level {runtime.jit_level}, "
@@ -269,7 +272,8 @@ def _set_jit_level(given: str | None) -> str:
     return level
 
 
-def _has_ascend() -> bool:
+def has_ascend() -> bool:
+    """Whether this machine has an Ascend that MindSpore can use."""
     # The device files are checked first: without a device, is_available prints an error about missing libraries.
     return bool(glob.glob("/dev/davinci[0-9]*")) and ms.hal.is_available("Ascend")
 

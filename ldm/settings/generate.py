@@ -40,9 +40,9 @@ class GenerateSettings(
     jit_level: Optional[str] = jit_level_setting()
     precision: str = setting(
         "auto",
-        "type of the UNet and the text encoder; auto: fp16 on Ascend; on the CPU bf16 where its kernels multiply it, "
-        "else fp32. bf16: their weights take half the memory and are multiplied in bf16 (docs/precision.md). The VAE "
-        "computes in fp32",
+        "type of the UNet and the text encoder; auto: that of the image or run that is repeated (from_image, resume); "
+        "fp16 on Ascend; on the CPU bf16 in graph mode where the compiled kernels multiply it, else fp32. bf16: their "
+        "weights take half the memory and are multiplied in bf16 (docs/precision.md). The VAE computes in fp32",
         choices=PRECISIONS,
     )
     enable_flash_attention: Optional[bool] = flash_attention_setting()

@@ -176,9 +176,10 @@ class TrainSettings(
     jit_level: Optional[str] = jit_level_setting(graph_key=True)
     precision: str = setting(
         "auto",
-        "auto: fp16 on Ascend; on the CPU bf16 where its kernels multiply it and the base model is frozen, else fp32. "
-        "A first Ascend 910 has products and convolutions in fp16 alone. bf16, on the CPU: the frozen weights of UNet "
-        "and text encoder take half the memory and are multiplied in bf16, all else is fp32 (docs/precision.md)",
+        "auto: what a resumed run was begun in; fp16 on Ascend; on the CPU bf16 in graph mode where the compiled "
+        "kernels multiply it and the base model is frozen, else fp32. A first Ascend 910 has products and convolutions "
+        "in fp16 alone. bf16, on the CPU: the frozen weights of UNet and text encoder take half the memory and are "
+        "multiplied in bf16, all else is fp32 (docs/precision.md)",
         choices=PRECISIONS,
         resume="fixed",
         set_by_comparison=True,

@@ -58,11 +58,13 @@ def disagreement(starts: Sequence[Start]) -> str:
         first, process = starts[0], plain(other["process"])
         for name, value in first["fingerprint"].items():
             found = other["fingerprint"].get(name)
+            if name == "precision" and other["step"] != first["step"]:
+                continue  # auto is what a resumed run was begun in: that one process resumes nothing is said below
             if found != value:
-                return (
-                    f"{process} has {plain(name, 60)} {plain(found, 60)}, process 0 has {plain(value, 60)}: give all "
-                    "hosts the same settings, data_path and base model"
-                )
+                way = "give all hosts the same settings, data_path and base model"
+                if name == "precision":
+                    way = "auto differs between their processors: give --precision fp32"
+                return f"{process} has {plain(name, 60)} {plain(found, 60)}, process 0 has {plain(value, 60)}: {way}"
         if other["step"] != first["step"]:
             return (
                 f"{process} starts at step {other['step']}, process 0 at step {first['step']}: give all hosts the same "

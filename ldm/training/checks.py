@@ -82,7 +82,8 @@ def trains_base_model(settings: TrainSettings) -> bool:
     if settings.lora_config is None:
         return False
     path = under_root(settings.lora_config)
-    content = read_json(path) if path.suffix == ".json" else read_yaml(path)
+    way = "give the path of a JSON or YAML file"
+    content = read_json(path, way=way) if path.suffix == ".json" else read_yaml(path, way=way)
     return isinstance(content, dict) and bool(content.get("trainable_model"))
 
 

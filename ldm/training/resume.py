@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ldm.data.training_data import TrainingData
 from ldm.errors import UserError, plain
 from ldm.files.inputs import is_file, is_folder
 from ldm.lora.spec import LoRASpec
-from ldm.runtime.device import Runtime
+from ldm.runtime.device import PYNATIVE, Runtime
 from ldm.settings.declare import names_of
 from ldm.settings.model import ModelConfig
 from ldm.settings.train import TrainSettings
@@ -83,7 +84,16 @@ def precision_to_resume(settings: TrainSettings) -> str | None:
     if not settings.resume:
         return None
     where = _place_to_resume(settings)
-    for path in [where] if is_file(where, "resume") else find_states(where):
+    return _precision_of([where] if is_file(where, "resume") else find_states(where))
+
+
+def precision_of_run(output: Path) -> str | None:
+    """Return the precision of the run in an output folder, by its newest readable state. None if there is none."""
+    return _precision_of(find_states(output / "ckpt"))
+
+
+def _precision_of(states: Sequence[Path]) -> str | None:
+    for path in states:
         try:
             return read_fingerprint(path).get("precision")
         except UserError:  # the next one is taken, which find_state_to_resume says
@@ -123,7 +133,10 @@ def find_state_to_resume(
                 processes = fingerprint["global_batch"] // settings.train_batch_size
                 hint = _how_to_keep_the_batch(with_global_batch(state.fingerprint)["global_batch"], processes)
             if "precision" in differences:
-                hint += f" (give --precision {plain(state.fingerprint['precision'], 60)})"
+                begun_in = state.fingerprint["precision"]
+                is_refused = begun_in == "bf16" and (fingerprint["precision"] == "fp16" or settings.mode == PYNATIVE)
+                way = "bf16 is for graph mode on the CPU" if is_refused else f"give --precision {plain(begun_in, 60)}"
+                hint += f" ({way})"
             raise UserError(
                 f"{state.path} belongs to another run: {'; '.join(fixed)}{hint}. Use the same settings and data, or "
                 "start again without --resume in another output_path"

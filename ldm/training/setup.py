@@ -30,8 +30,8 @@ from ldm.lora.spec import LoRASpec
 from ldm.models.attention import set_attention
 from ldm.models.layers import hold_frozen_weights, set_compute_dtype
 from ldm.models.stable_diffusion import StableDiffusion
-from ldm.ops import multiplies_bf16
-from ldm.runtime.device import Runtime, decide_flash_attention, describe_runtime, setup_runtime
+from ldm.ops import bf16_unit, multiplies_bf16
+from ldm.runtime.device import GRAPH, Runtime, decide_flash_attention, describe_runtime, setup_runtime
 from ldm.runtime.logs import set_up_logging
 from ldm.runtime.precision import automatic_precision
 from ldm.settings.model import ModelConfig
@@ -49,6 +49,7 @@ from ldm.training.checks import (
     keeps_text_encoder_in_fp32,
     read_model_config,
     trained_timesteps,
+    trains_base_model,
 )
 from ldm.training.class_images import add_class_images
 from ldm.training.feed import Feed, check_sink, make_feed
@@ -109,29 +110,36 @@ def begin(settings: TrainSettings) -> Runtime:
     """Check the settings, which all processes do alike, then set up MindSpore and wait for the other processes."""
     check_settings(settings)
     check_no_earlier_run(settings)
-    trains_base_model = saves_base_model(settings, make_lora_spec(settings))
     set_up_logging(settings.log_level)
     return setup_runtime(
         settings.device_target, settings.mode, settings.jit_level, settings.precision, settings.seed,
-        settings.use_parallel, lambda: _automatic_precision(settings, trains_base_model),
+        settings.use_parallel, lambda: _automatic_precision(settings),
     )  # fmt: skip
 
 
-def _automatic_precision(settings: TrainSettings, trains_base_model: bool) -> str:
+def _automatic_precision(settings: TrainSettings) -> str:
     """Return what precision "auto" stands for on the CPU. A run that is resumed keeps what it was begun in."""
-    precision = automatic_precision(multiplies_bf16, trains_base_model)
+    keeps_fp32 = trains_base_model(settings)
     begun_in = precision_to_resume(settings)
-    if begun_in not in ("fp32", "bf16") or begun_in == precision or trains_base_model:
-        return precision
-    logger.log(
-        logging.WARNING if begun_in == "bf16" else logging.INFO,
-        "resume: precision %s, in which this run was begun%s",
-        begun_in,
-        ". Without kernels that multiply it, the run goes on more slowly, and not bit for bit as with them"
-        if begun_in == "bf16" and not multiplies_bf16()
-        else f", where auto is {precision}",
-    )
-    return begun_in
+    if begun_in in ("fp32", "bf16") and not keeps_fp32:
+        return begun_in
+    return automatic_precision(multiplies_bf16, keeps_fp32)
+
+
+def _log_resumed_precision(settings: TrainSettings, runtime: Runtime) -> None:
+    """Say that a resumed run keeps a precision which is not that of a new run on this machine."""
+    if not settings.resume or settings.precision != "auto" or runtime.is_ascend or settings.mode != GRAPH:
+        return
+    precision = automatic_precision(multiplies_bf16, trains_base_model(settings))
+    if runtime.precision == precision:
+        return
+    if runtime.bf16:
+        logger.warning(
+            "resume: precision bf16, in which this run was begun. Without kernels that multiply it, the run goes on "
+            "more slowly, and not bit for bit as with them"
+        )
+    else:
+        logger.info("resume: precision %s, in which this run was begun; auto is %s", runtime.precision, precision)
 
 
 def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
@@ -146,7 +154,8 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
     check_sink(settings, runtime)
     if is_first_process:
         set_up_logging(settings.log_level, output / "log.txt")
-        logger.info("%s", describe_runtime(runtime, flash_attention, multiplies_bf16))
+        logger.info("%s", describe_runtime(runtime, flash_attention, bf16_unit))
+        _log_resumed_precision(settings, runtime)
     else:
         set_up_logging("WARNING")  # the other processes would repeat the first one
 
@@ -208,7 +217,7 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
 
     inputs = Inputs(settings, model, data, order, plan.steps, status)
     skips_overflow = scaler.is_used and settings.drop_overflow_update
-    saves_base = saves_base_model(settings, lora_spec)
+    saves_base = trains_base_model(settings)  # then checkpoints hold its weights
     step = build_step(
         settings, runtime, model, trainable,
         flash_attention=flash_attention, skips_overflow=skips_overflow, saves_base_model=saves_base,
@@ -248,11 +257,6 @@ def set_up(settings: TrainSettings, runtime: Runtime, status: Status) -> Run:
         runtime.is_ascend, skips_overflow, scaler, checkpoints, status, validation, samples,
         None if state is None else state.validation,
     )  # fmt: skip
-
-
-def saves_base_model(settings: TrainSettings, lora_spec: LoRASpec) -> bool:
-    """Whether checkpoints hold the base model's weights, because some of them are trained."""
-    return lora_spec.trainable_model or not (settings.use_lora or settings.trains_token_alone)
 
 
 def _load_base_model(settings: TrainSettings, config: ModelConfig, runtime: Runtime) -> StableDiffusion:

@@ -83,11 +83,15 @@ def test_auto_of_the_pipeline_is_that_of_the_script_unless_mindspore_was_set_up(
 
 def test_processes_of_other_precisions_are_refused(monkeypatch):
     """Two hosts may have other processors, and the texts of the images name one precision."""
-    check_same_precision("bf16")
+    check_same_precision("bf16", False)
     monkeypatch.setattr("ldm.runtime.peers.are_connected", lambda: True)
     for others, fault in (([], None), (["bf16", "bf16"], None), (["bf16", "fp32"], "process 2 computes in fp32")):
         monkeypatch.setattr("ldm.runtime.peers.gather", lambda data, others=others: [data, *map(str.encode, others)])
         with pytest.raises(UserError, match=fault) if fault else nullcontext():
-            check_same_precision("bf16")
+            check_same_precision("bf16", False)
+    ways = {False: "their processors differ: give --precision fp32", True: "folders differ: give --precision bf16"}
+    for resumes, way in ways.items():
+        with pytest.raises(UserError, match=way):
+            check_same_precision("bf16", resumes)
     monkeypatch.setattr("ldm.runtime.peers.gather", lambda data: [])  # in the other processes
-    check_same_precision("fp32")
+    check_same_precision("fp32", False)

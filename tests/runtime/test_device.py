@@ -70,8 +70,9 @@ def test_fp16_can_be_asked_for_on_the_cpu():
 def test_bf16_is_of_the_cpu():
     runtime = setup_runtime("CPU", precision="bf16")
     assert (runtime.precision, runtime.bf16, runtime.fp16) == ("bf16", True, False)
-    assert describe_runtime(runtime, False, lambda: True) == "device: CPU, bf16"
-    assert describe_runtime(runtime, False, lambda: False) == "device: CPU, bf16, slower than fp32 on this machine"
+    assert describe_runtime(runtime, False, lambda: "amx") == "device: CPU, bf16 by amx"
+    line = "device: CPU, bf16, which this machine's kernels do not multiply (docs/precision.md)"
+    assert describe_runtime(runtime, False, lambda: None) == line
     fp32 = setup_runtime("CPU")
     assert (fp32.precision, fp32.bf16, fp32.with_compute_dtype(ms.bfloat16).precision) == ("fp32", False, "bf16")
     on_ascend = dataclasses.replace(fp32, device="Ascend")
@@ -225,7 +226,7 @@ def test_the_overflow_mode_is_set_before_an_ascend_is_looked_for(monkeypatch):
         seen.append(device.os.environ.get("MS_ASCEND_CHECK_OVERFLOW_MODE"))
         return False
 
-    monkeypatch.setattr(device, "_has_ascend", has_ascend)
+    monkeypatch.setattr(device, "has_ascend", has_ascend)
     assert setup_runtime().device == "CPU" and seen == ["INFNAN_MODE"]
 
 

@@ -456,7 +456,7 @@ class TestColumns:
         assert {row.count("|") for row in rows} == {7}
 
     def test_the_first_call_is_named_where_it_counts(self):
-        assert how({"repeats": 1, "calls": 0}) == "Medians of 1 x the first call, of more for short workloads"
+        assert how({"repeats": 1, "calls": 0}) == "First calls, 1 of each; medians of more calls for short workloads"
 
     def test_a_long_failure_is_shortened(self):
         assert cell({"problem": "failed: " + "a | b " * 50}, "calls_gb") == "failed: " + "a / b " * 11 + "a ..."

@@ -25,7 +25,7 @@ runpy.run_path("train_text_to_image.py", run_name="__main__")
 
 
 def start(number: int = 0, **others: object) -> Start:
-    fingerprint = {"data": "1f", "seed": 42}
+    fingerprint = {"data": "1f", "precision": "bf16", "seed": 42}
     return Start(**{"process": f"process {number} on host{number}", "fingerprint": fingerprint, "step": 4, "weights": 7,
                     **others})  # fmt: skip
 
@@ -39,10 +39,22 @@ def test_processes_that_start_from_the_same_agree():
     [
         (dict(step=0), "starts at step 0, process 0 at step 4: give all hosts the same output_path, or copy ckpt/"),
         (
-            dict(fingerprint={"data": "2e", "seed": 42}, step=0),
+            dict(fingerprint={"data": "2e", "precision": "bf16", "seed": 42}, step=0),
             "has data 2e, process 0 has 1f: give all hosts the same",
         ),
-        (dict(fingerprint={"data": "1f"}), "has seed None, process 0 has 42: give all hosts the same"),
+        (
+            dict(fingerprint={"data": "1f", "precision": "bf16"}),
+            "has seed None, process 0 has 42: give all hosts the same",
+        ),
+        (
+            dict(fingerprint={"data": "1f", "precision": "fp32", "seed": 42}),
+            "has precision fp32, process 0 has bf16: auto differs between their processors: give --precision fp32",
+        ),
+        # Process 0 resumes a run in bf16, and the other one resumes nothing: that is what is to be mended.
+        (
+            dict(fingerprint={"data": "1f", "precision": "fp32", "seed": 42}, step=0),
+            "starts at step 0, process 0 at step 4: give all hosts the same output_path",
+        ),
         (dict(weights=8), "starts from other weights than process 0: give all hosts the same lora_init_path"),
     ],
 )

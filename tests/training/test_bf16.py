@@ -70,6 +70,7 @@ def rounded_model(path, model, base) -> str:
     return str(path)
 
 
+@pytest.mark.processes
 def test_a_killed_run_of_every_kind_resumes_bit_for_bit_and_its_base_model_stays(settings, micro_base_model, tmp_path):
     (tmp_path / "lora.json").write_text(json.dumps(MODULES))
     given = {**RECIPE, "lora_config": tmp_path / "lora.json"}
@@ -179,7 +180,7 @@ def test_a_unet_that_is_computed_twice_is_trained_as_without(settings, tmp_path)
     [
         ("bf16", True, "bf16", ""),
         ("bf16", False, "bf16", "precision bf16, in which this run was begun. Without kernels that multiply it"),
-        ("fp32", True, "fp32", "precision fp32, in which this run was begun, where auto is bf16"),
+        ("fp32", True, "fp32", "precision fp32, in which this run was begun; auto is bf16"),
         ("fp32", False, "fp32", ""),
         ("fp16", False, "fp32", ""),  # of an Ascend: refused later, as it was
         (None, True, "bf16", ""),
@@ -196,7 +197,10 @@ def test_auto_of_a_resumed_run_is_what_it_was_begun_in(
         save_state(tmp_path / "ckpt", TrainingState(3, {}, scaler, {"precision": begun_in}))
         (tmp_path / "ckpt" / "state-00000004.safetensors").write_bytes(b"damaged")  # the one before it is taken
     with caplog.at_level("INFO", "ldm.training.setup"):
-        assert begin(settings(tmp_path, use_lora=True, resume=True, precision="auto")).precision == found
+        run = settings(tmp_path, use_lora=True, resume=True, precision="auto")
+        runtime = begin(run)
+        setup._log_resumed_precision(run, runtime)
+    assert runtime.precision == found
     assert (said in caplog.text) if said else "begun" not in caplog.text
     for given in ("fp32", "bf16"):
         assert begin(settings(tmp_path, use_lora=True, resume=True, precision=given)).precision == given
@@ -222,7 +226,7 @@ def test_bf16_without_kernels_is_warned_of_once(monkeypatch, caplog, library, wa
     for _ in range(2):
         ops.linear(has_bias=False, bf16_weight=True)
         ops.linear(has_bias=False)
-    assert len(caplog.records) == warnings and ("install g++" in caplog.text) == bool(warnings)
+    assert len(caplog.records) == warnings and ("Install g++" in caplog.text) == bool(warnings)
     ops._warn_of_bf16_without_kernels.cache_clear()
 
 
@@ -234,7 +238,7 @@ def test_a_training_of_the_base_model_beside_a_lora_is_refused(settings, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_the_key_of_cached_embeddings_says_whether_factors_are_rounded(monkeypatch):
+def test_the_key_of_cached_embeddings_says_what_multiplies_bf16(monkeypatch):
     """A folder may be continued on another processor."""
     keys = {}
     for dtype in (ms.float32, ms.bfloat16):
@@ -242,8 +246,7 @@ def test_the_key_of_cached_embeddings_says_whether_factors_are_rounded(monkeypat
         layer.weight.set_data(ms.Tensor(np.ones((2, 2), np.float32)))
         layer.bias.set_data(ms.Tensor(np.ones(2, np.float32)))
         layer.weight.set_dtype(dtype)
-        for rounds in (False, True):
-            monkeypatch.setattr(caches, "multiplies_bf16", lambda rounds=rounds: rounds)
-            keys[dtype, rounds] = caches.network_hash(layer, "")
-    assert keys[ms.float32, False] == keys[ms.float32, True]
-    assert keys[ms.bfloat16, False] != keys[ms.bfloat16, True]
+        for unit in (None, "avx512_bf16", "amx"):
+            monkeypatch.setattr(caches, "bf16_unit", lambda unit=unit: unit)
+            keys.setdefault(dtype, set()).add(caches.network_hash(layer, ""))
+    assert len(keys[ms.float32]) == 1 and len(keys[ms.bfloat16]) == 3

@@ -54,6 +54,7 @@ def test_every_layout_gives_the_same_micro_batches(make, tmp_path, monkeypatch):
         assert run.fingerprint == expected.fingerprint
 
 
+@pytest.mark.processes
 def test_a_run_in_buckets_has_one_shape_a_step_and_resumes_bit_for_bit(make, tmp_path):
     options = dict(BUCKETS, max_steps=6, gradient_accumulation_steps=2)
     data = write(tmp_path / "data", MIXED)

@@ -27,7 +27,7 @@ from ldm.training import samples
 from ldm.training.own_files import find_states
 from ldm.training.trainer import train
 from ldm.training.training_state import load_state
-from tests.training.micro import FULL, MICRO, STEPS, prepare
+from tests.training.micro import FULL, MICRO, SETTINGS, STEPS, prepare
 
 PROMPTS = ["an image of colour 3 --n grey --d 7 --s 3 --l 2.5", "a dog --w 24 --h 16 --s 2 --ss ddim"]
 FLAGS = [
@@ -57,12 +57,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def drawn(base_model: Path, out: Path, flags: dict, **files: object) -> np.ndarray:
-    """What text_to_image.py draws."""
-    generate(
-        GenerateSettings(
-            ckpt_path=base_model, config=MICRO, device_target="CPU", output_path=out, skip_grid=True, **flags, **files
-        )
-    )
+    """What text_to_image.py draws, in fp32 as SETTINGS have it if nothing else is given."""
+    given = {"ckpt_path": base_model, "config": MICRO, "device_target": "CPU", "precision": SETTINGS["precision"]}
+    generate(GenerateSettings(**{**given, "output_path": out, "skip_grid": True, **flags, **files}))
     return pixels(out / "samples" / "00000.png")
 
 
@@ -72,7 +69,6 @@ def trained(micro_base_model, micro_data, tmp_path_factory):
     import mindspore as ms
 
     from ldm.settings.train import TrainSettings
-    from tests.training.micro import SETTINGS
 
     ms.set_context(mode=ms.GRAPH_MODE)
     folder = tmp_path_factory.mktemp("samples")
@@ -131,6 +127,7 @@ def test_the_log_says_how_long_the_samples_took(trained):
     assert len(lines) == 3 and "step 2: 2 samples drawn in" in lines[1]
 
 
+@pytest.mark.processes
 def test_a_run_that_was_killed_ends_with_the_samples_and_the_weights_of_one_that_was_not(trained, settings, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(trained, output)

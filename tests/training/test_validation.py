@@ -192,6 +192,7 @@ def test_training_is_the_same_without_it_bit_for_bit(settings, validated, tmp_pa
     assert (output / "ckpt" / "lora.ckpt").read_bytes() == (validated / "ckpt" / "lora.ckpt").read_bytes()
 
 
+@pytest.mark.processes
 def test_a_killed_run_resumes_to_the_same_files(settings, validated, tmp_path):
     """It is killed after a step that was measured after the last training state."""
     moment = 5

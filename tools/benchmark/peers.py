@@ -108,8 +108,8 @@ PROGRAM = """
 import json, platform, sys
 from importlib import metadata
 from importlib.util import find_spec
-names = metadata.packages_distributions()
-found = {n: metadata.version(names[n][0]) if find_spec(n) and n in names else None for n in sys.argv[1:]}
+names = getattr(metadata, "packages_distributions", dict)()  # Python 3.9 has none
+found = {n: metadata.version(names.get(n, [n])[0]) if find_spec(n) else None for n in sys.argv[1:]}
 print(json.dumps({"Python": platform.python_version(), **found}))
 """
 

@@ -115,7 +115,7 @@ def named(versions: Versions) -> str:
 def how(settings: dict[str, Any]) -> str:
     """Return what was measured how often."""
     if not settings["calls"]:
-        return f"Medians of {settings['repeats']} x the first call, of more for short workloads"
+        return f"First calls, {settings['repeats']} of each; medians of more calls for short workloads"
     return f"Medians of {settings['repeats']} x {settings['calls']} calls after the first, more for short workloads"
 
 

@@ -61,7 +61,7 @@ class Settings:
     memory_table: bool = setting(False, "run the workloads of the memory table")
     repeats: int = setting(2, "pairs of processes for each workload", low=1)
     calls: int = setting(
-        5, "calls in a process after the first, more for short workloads; 0: the first call counts", low=0
+        5, "calls in a process after the first, more for short workloads; 0: the first call counts in the others", low=0
     )
     cores: list[int] = setting(
         sorted(os.sched_getaffinity(0)),

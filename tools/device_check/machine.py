@@ -8,7 +8,7 @@ import platform
 import mindspore as ms
 import numpy as np
 
-from ldm.ops import multiplies_bf16
+from ldm.ops import bf16_unit
 from ldm.runtime import ascend
 from ldm.runtime.device import Runtime, describe_runtime
 from tools.device_check.results import Machine
@@ -19,7 +19,7 @@ def describe(runtime: Runtime, flash_attention: bool) -> Machine:
     versions = f"MindSpore {ms.__version__}, Python {platform.python_version()}, numpy {np.__version__}"
     machine = Machine(
         versions=f"{versions}, {platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        device=describe_runtime(runtime, flash_attention, multiplies_bf16).removeprefix("device: "),
+        device=describe_runtime(runtime, flash_attention, bf16_unit).removeprefix("device: "),
         ascend=runtime.is_ascend,
         flash_attention=flash_attention,
         known=runtime.is_first_910 or runtime.is_a2_or_later,

@@ -213,13 +213,17 @@ class Ablations:
 
     def _train(self, flags: Sequence[str], folder: Path) -> dict[str, Any]:
         """Train a LoRA, and return its hash and its validation losses."""
+        from ldm.runtime.device import has_ascend
+
         # All runs share their latents and text embeddings, and the seeds of a variant its compiled graph.
         cache = self.output / "cache"
         cache.mkdir(parents=True, exist_ok=True)
         if not os.path.lexists(folder / "cache"):
             os.symlink(os.path.relpath(cache, folder), folder / "cache")
+        # Trainings of one table are compared, and some may have been made where auto is not bf16.
+        precision = [] if has_ascend() or "--precision" in flags else ["--precision", "fp32"]
         call(
-            "train_text_to_image.py", *flags, "--output_path", from_root(folder), "--compile_cache", "True",
+            "train_text_to_image.py", *flags, *precision, "--output_path", from_root(folder), "--compile_cache", "True",
             "--resume", "True",
         )  # fmt: skip
         losses = validation_losses(folder)
@@ -242,9 +246,11 @@ class Ablations:
         from ldm.metrics.clip_score import clip_scores
         from ldm.metrics.evaluate import encode_images
         from ldm.metrics.networks import nano_clip
+        from ldm.runtime.device import setup_runtime
         from ldm.settings.versions import default_guidance_scale
         from tools.eval.choosing.drawing import Drawing, make_sampling
 
+        setup_runtime()  # as the trainings
         pipeline = Pipeline.from_checkpoint(self.args.base_model)
         config = pipeline.config
         sampling = make_sampling(

@@ -197,11 +197,16 @@ class Choice:
     def _draw(self, material: Material) -> tuple[list[list[Path]], list[Path]]:
         """Draw all candidates and the base model, and return their images."""
         from ldm.generation.pipeline import Pipeline
+        from ldm.runtime.device import setup_runtime
+        from ldm.training.resume import precision_of_run
         from tools.eval.choosing.drawing import Drawing, make_sampling
 
         settings, args, prompts = self.settings, self.args, material.prompts
         scale = default_guidance_scale(self.config.architecture) if args.scale is None else args.scale
         assert settings.pretrained_model_path is not None  # _path
+        setup_runtime(
+            args.device_target, automatic=lambda: "bf16" if precision_of_run(Path(args.run)) == "bf16" else "fp32"
+        )
         pipeline = Pipeline.from_checkpoint(
             settings.pretrained_model_path, config=self.config, vae=settings.vae_ckpt_path,
             ema=settings.pretrained_model_ema, device=args.device_target,

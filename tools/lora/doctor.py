@@ -97,9 +97,11 @@ def show_effect(settings: Settings, path: Path) -> None:
     """Draw the images, write them and the grid, and print the verdict."""
     from ldm.generation.loading import select_lora
     from ldm.generation.pipeline import Pipeline
+    from ldm.runtime.device import setup_runtime
     from tools.grid import draw_grid
     from tools.lora.diagnosis.effect import draw, save_images, verdict
 
+    setup_runtime()  # fp32 on the CPU: a weight rounded to bf16 may differ where two formats differ in the last bits
     pipeline = Pipeline.from_checkpoint(settings.base, config=settings.config)
     lora = select_lora(pipeline.config, path)
     metadata = open_checkpoint(lora_files(path)[0]).metadata

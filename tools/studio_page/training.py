@@ -61,12 +61,19 @@ class Trainings:
         base_model: The checkpoint that they start from, unless None is known.
         model_config: The YAML of its model. Recipes for other models are not listed.
         device: The value of device_target.
+        precision: Wins over the recipe's, unless it is "auto".
     """
 
     def __init__(
-        self, folder: Path, recipes: Path, base_model: Path | None, model_config: str, device: str | None = None
+        self,
+        folder: Path,
+        recipes: Path,
+        base_model: Path | None,
+        model_config: str,
+        device: str | None = None,
+        precision: str = "auto",
     ) -> None:
-        self.folder, self.base_model, self.device = folder, base_model, device
+        self.folder, self.base_model, self.device, self.precision = folder, base_model, device, precision
         self.recipes = {recipe.name: recipe for recipe in _read_recipes(recipes, model_config)}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._stopped: set[str] = set()  # those whose process was ended here
@@ -207,6 +214,8 @@ class Trainings:
         content = read_yaml(recipe.path)
         in_recipe = read_mapping(TrainSettings, content, recipe.name, partial=True)
         files = {"data_path": str(data), "output_path": str(folder), "device_target": self.device}
+        if self.precision != "auto":
+            files["precision"] = self.precision
         if self.base_model is not None:
             files["pretrained_model_path"] = str(self.base_model)
         return TrainSettings(**{**in_recipe, **chosen, **files})

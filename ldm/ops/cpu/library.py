@@ -84,7 +84,7 @@ def kernel_library() -> Path | None:
 
 @cache
 def multiplies_bf16() -> bool:
-    """Whether the kernels multiply bf16 by instructions of this processor (AVX512-BF16 or AMX)."""
+    """Whether the kernels multiply bf16 by instructions of this processor (AVX512-BF16, and AMX beside it)."""
     library = kernel_library()
     return library is not None and bool(ctypes.CDLL(str(library)).has_bf16())
 

@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import nn
 
 from ldm.data.shards import ShardedCache
-from ldm.ops import multiplies_bf16
+from ldm.ops import bf16_unit
 
 RECENT_BYTES = 128 << 20  # of arrays that were read last
 
@@ -21,7 +21,7 @@ def network_hash(net: nn.Cell, description: object) -> str:
     digest = hashlib.sha256(repr(description).encode())
     parameters = list(net.get_parameters())
     if any(parameter.dtype == ms.bfloat16 for parameter in parameters):
-        digest.update(repr(multiplies_bf16()).encode())  # whether what it multiplies is rounded too
+        digest.update(repr(bf16_unit()).encode())  # whether factors are rounded, and the order of sums
     for parameter in parameters:
         digest.update(parameter.name.encode() + repr(parameter.shape).encode())
         digest.update(np.ascontiguousarray(parameter.asnumpy()).view(np.uint8).data)  # bf16 has no buffer

@@ -209,7 +209,7 @@ function useSettings(fields) {
   leaveOut();
   form.elements.prompt.focus();
   const begun = Number(fields.index) > 0 ? ` It is image ${fields.index} of its seed, counted from 0: first index is set.` : "";
-  return `Not taken over: ${["the number of images", "the model", ...left].join("; ")}.${begun}`;
+  return `Not taken over: ${["the number of images", "the model", "its precision", ...left].join("; ")}.${begun}`;
 }
 
 // Choose the LoRAs of an image that the list has, by the names of their files. Returns what is left out.
