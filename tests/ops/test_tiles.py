@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 from ldm.ops.cpu import library
-from tests.ops.helpers import needs_compiler, normal
+from tests.ops.helpers import call, needs_compiler, normal
 from tests.ops.test_bf16 import rounded
 
 pytestmark = [
@@ -38,20 +38,36 @@ PANEL = 64
 libc = ctypes.CDLL(None, use_errno=True)
 
 
+TILERELEASE = bytes.fromhex("c4e27849c0")
+INSTRUCTIONS = ["-mamx-tile", "-mamx-bf16"]
 # What computes: the intrinsics as functions, the instructions that the compiler made, each of which ends in a handler
 # that does the same, or the tiles of this processor.
-FLAGS = {"model": ["tile_model.h", "-O1"], "traps": ["tile_traps.h", "-mamx-tile", "-mamx-bf16"]}
+FLAGS = {
+    "model": ["-O1", "-include", str(HERE / "tile_model.h")],
+    "traps": [*INSTRUCTIONS, "-include", str(HERE / "tile_traps.h")],
+    "processor": INSTRUCTIONS,
+}
+COMPILER = os.environ.get("CXX") or "c++"
+HAS_TILES = "amx_tile" in library.processor()
+
+
+@cache
+def knows(compiler: str, *flags: str) -> bool:
+    """Whether the compiler is there and takes these flags. (g++ 10 has AVX512-BF16 and no AMX.)"""
+    command = [*shlex.split(compiler), *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return shutil.which(command[0]) is not None and subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> Callable[[str], Path]:
+def compiled(tmp_path_factory) -> Callable[..., Path]:
     @cache
-    def compile_with(kind: str) -> Path:
+    def compile_with(kind: str, compiler: str = COMPILER, *more: str) -> Path:
+        if not knows(compiler, *FLAGS[kind]):
+            pytest.skip(f"{compiler} is not here, or has no AMX")
         path = tmp_path_factory.mktemp("tiles") / f"{kind}.so"
-        header, *flags = FLAGS[kind]
-        sources = [*flags, "-include", str(HERE / header), str(HERE / "tile_products.cc")]
-        compiler = shlex.split(os.environ.get("CXX") or "c++")
-        subprocess.run([*compiler, *library.COMPILE, *sources, *library.LINK, "-o", str(path)], check=True)
+        sources = [*more, *FLAGS[kind], str(HERE / "tile_products.cc")]
+        command = [*shlex.split(compiler), *library.COMPILE, *sources, *library.LINK, "-o", str(path)]
+        subprocess.run(command, check=True)
         return path
 
     return compile_with
@@ -59,7 +75,9 @@ def compiled(tmp_path_factory) -> Callable[[str], Path]:
 
 def loaded(path: Path) -> ctypes.CDLL:
     kernels = ctypes.CDLL(str(path))
-    assert unit(kernels) == b"amx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LDM_AMX", raising=False)
+        assert unit(kernels) == b"amx"
     return kernels
 
 
@@ -69,22 +87,12 @@ def model(compiled) -> ctypes.CDLL:
 
 
 @pytest.fixture(scope="module", params=FLAGS)
-def inside(request, compiled) -> ctypes.CDLL:
-    """Kernels by tiles, with the functions of tile_products.cc."""
-    if request.param == "traps" and "amx_tile" in library.processor():
-        pytest.skip("this processor does not refuse the instructions")
-    return loaded(compiled(request.param))
-
-
-@pytest.fixture(scope="module", params=[*FLAGS, "processor"])
 def tiles(request, compiled) -> ctypes.CDLL:
-    """Kernels by tiles."""
-    if request.param == "processor":
-        if library.bf16_unit() != "amx":
-            pytest.skip("this processor has no AMX")
-        return loaded(library.kernel_library())
-    if request.param == "traps" and "amx_tile" in library.processor():
+    """Kernels by tiles, with the functions of tile_products.cc."""
+    if request.param == "traps" and HAS_TILES:
         pytest.skip("this processor does not refuse the instructions")
+    if request.param == "processor" and library.bf16_unit() != "amx":
+        pytest.skip("this processor has no AMX")
     return loaded(compiled(request.param))
 
 
@@ -127,22 +135,6 @@ def integers(rng: np.random.Generator, *shape: int) -> np.ndarray:
 def bf16(values: np.ndarray) -> np.ndarray:
     """Return the bits of values that bf16 holds."""
     return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
-
-
-def call(kernels: ctypes.CDLL, name: str, *arrays: np.ndarray) -> None:
-    count = len(arrays)
-    shapes = [(ctypes.c_int64 * array.ndim)(*array.shape) for array in arrays]
-    types = [b"bfloat16" if array.dtype == np.uint16 else b"float32" for array in arrays]
-    failed = getattr(kernels, name)(
-        count,
-        (ctypes.c_void_p * count)(*(array.ctypes.data for array in arrays)),
-        (ctypes.c_int * count)(*(array.ndim for array in arrays)),
-        (ctypes.c_void_p * count)(*(ctypes.addressof(shape) for shape in shapes)),
-        (ctypes.c_char_p * count)(*types),
-        None,
-        None,
-    )
-    assert failed == 0, name
 
 
 def address(array: np.ndarray) -> ctypes.c_void_p:
@@ -190,12 +182,14 @@ SIZES = [
     *[(m, 40, 64) for m in (1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 96)],
     *[(33, n, 32) for n in (1, 15, 16, 17, 31, 32, 33, 48, 49, 63, 64, 65, 81, 127, 128, 130)],
     *[(5, 70, pairs) for pairs in (256, 300, 513, 513)],
+    # Straight from memory, without gathering, beyond the first CHUNK.
+    *[size for size in ((32, 70, 512), (48, 64, 640), (96, 40, 272), (49, 65, 513)) for _ in ("set", "add")],
     *[(19, 50, pairs) for pairs in (16, 17, 20, 24, 31, 39, 40, 126, 255, 256, 257, 272, 280, 523)],
 ]
 
 
 @pytest.mark.parametrize("kind", ["rows", "transposed", "taps"])
-def test_product(inside, kind):
+def test_product(tiles, kind):
     """Edges of rows, columns and pairs, alone and at random together."""
     rng = np.random.default_rng(0)
     some = zip(rng.integers(1, 100, 60), rng.integers(1, 200, 60), rng.integers(16, 150, 60))
@@ -212,7 +206,7 @@ def test_product(inside, kind):
             held[:, :n] = before
         c, packed = guarded(held.reshape(-1)[: (m - 1) * ldc + n], at_end), panels(b, at_end)
         sizes = ctypes.c_int64(m), ctypes.c_int64(n)
-        inside.product_by_tiles(*sizes, ctypes.byref(rows), address(packed), address(c), ctypes.c_int64(ldc), int(add))
+        tiles.product_by_tiles(*sizes, ctypes.byref(rows), address(packed), address(c), ctypes.c_int64(ldc), int(add))
         found = np.full(m * ldc, np.nan, np.float32)
         found[: c.size] = c
         expected = np.full((m, ldc), np.nan, np.float32)
@@ -244,6 +238,10 @@ def test_linear(tiles, vectors, rows, inputs, outputs):
         by_vectors, by_tiles = both(tiles, vectors, name, [x, bf16(weight)], [(rows, result)])
         np.testing.assert_array_equal(by_tiles[0], by_vectors[0])
         np.testing.assert_array_equal(by_tiles[0], x @ (weight.T if result == outputs else weight))
+
+
+def test_no_outputs(tiles):
+    call(tiles, "linear_bf16", normal(3, 32), np.empty((0, 32), np.uint16), np.empty((3, 0), np.float32))
 
 
 @pytest.mark.parametrize(
@@ -296,31 +294,56 @@ def near(actual: list[np.ndarray], expected: list[np.ndarray]) -> None:
         assert np.sqrt(np.mean((x - y) ** 2)) <= 3e-4 * np.sqrt(np.mean(y**2)) + 1e-6
 
 
-def test_the_results_do_not_depend_on_the_threads_or_on_other_rows(tiles):
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
+@pytest.mark.parametrize("name", ["linear_bf16", "convolution_bf16", "attention_bf16", "attention_bf16_dx"])
+def test_the_results_do_not_depend_on_the_threads(tiles, name):
     """To the last bit, of numbers that are rounded."""
+    q, k, v = normal(2 * 300, 80), normal(2 * 130, 80, seed=1), normal(2 * 130, 80, seed=2)
+    settings = np.float32([2, 2, 0])
+    inputs, outputs = {
+        "linear_bf16": ([normal(1100, 64), bf16(normal(336, 64, seed=1))], [(1100, 336)]),
+        "convolution_bf16": ([normal(1, 34, 48, 48), bf16(normal(50, 34, 3, 3))], [(1, 50, 48, 48), (50, 16, 17)]),
+        "attention_bf16": ([q, k, v, settings], [q.shape]),
+        "attention_bf16_dx": ([q, k, v, normal(*q.shape), normal(*q.shape), settings], [q.shape, k.shape, v.shape]),
+    }[name]
     processors = os.sched_getaffinity(0)
     ms.ops.add(ms.Tensor(np.ones(100000, np.float32)), 1).asnumpy()  # MindSpore has its threads
-    x, weight = normal(1100, 64), bf16(rounded(normal(336, 64, seed=1)))
     found = []
     for some in ({min(processors)}, processors):
+        results = [np.full(shape, np.nan, np.float32) for shape in outputs]
         os.sched_setaffinity(0, some)
         try:
-            y = np.empty((1100, 336), np.float32)
-            call(tiles, "linear_bf16", x, weight, y)
+            call(tiles, name, *inputs, *results)
         finally:
             os.sched_setaffinity(0, processors)
-        found.append(y)
-    np.testing.assert_array_equal(*found)
-    alone = np.empty((1, 336), np.float32)
+        found.append(results)
+    for one, many in zip(*found):
+        np.testing.assert_array_equal(one, many)
+
+
+def test_the_result_of_a_row_does_not_depend_on_others(tiles):
+    x, weight = normal(1100, 64), bf16(normal(336, 64, seed=1))
+    y, alone = np.empty((1100, 336), np.float32), np.empty((1, 336), np.float32)
+    call(tiles, "linear_bf16", x, weight, y)
     for row in (0, 40, 1007, 1099):
         call(tiles, "linear_bf16", x[row : row + 1], weight, alone)
         np.testing.assert_array_equal(alone[0], y[row])
 
 
-@pytest.mark.parametrize("variable", ["TILE_MODEL_REFUSES", "TILE_MODEL_WRONG", "LDM_AMX"])
-def test_without_tiles_that_work_products_are_by_vectors(compiled, vectors, tmp_path, monkeypatch, variable):
-    """Linux refuses, a product is wrong, or the user does not want them."""
-    monkeypatch.setenv(variable, "0")
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("LDM_AMX", 0),
+        ("TILE_MODEL_REFUSES", 1),
+        ("TILE_MODEL_WRONG", 1),
+        *[("TILE_MODEL_WRONG_STRIDE", stride) for stride in (256, 1024, 1200, 360, 200)],
+    ],
+)
+def test_without_tiles_that_work_products_are_by_vectors(compiled, vectors, tmp_path, monkeypatch, variable, value):
+    """The user does not want them, Linux refuses, or a product is wrong: at all, or with loads of a panel, of gathered
+    rows, of rows as they are, or of sums of 90 or of 50 columns."""
+    monkeypatch.delenv("LDM_AMX", raising=False)
+    monkeypatch.setenv(variable, str(value))
     path = tmp_path / "others.so"
     shutil.copyfile(compiled("model"), path)  # which is loaded as another
     kernels = ctypes.CDLL(str(path))
@@ -333,23 +356,51 @@ def test_without_tiles_that_work_products_are_by_vectors(compiled, vectors, tmp_
     np.testing.assert_array_equal(*found)
 
 
+# clang++ up to 14 has other names for the macros of AMX.
+@pytest.mark.parametrize("compiler", ["g++", "clang++", "clang++-14"])
+def test_the_processor_and_linux_are_asked(compiled, compiler):
+    """As users compile the kernels where there are tiles. Here the processor may say that it has none."""
+    path = compiled("processor", compiler, "-O1")
+    assert TILERELEASE in path.read_bytes(), "tiles are compiled"
+    kernels = ctypes.CDLL(str(path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LDM_AMX", raising=False)
+        assert unit(kernels) in ((b"amx", b"avx512_bf16") if HAS_TILES else (b"avx512_bf16",))
+
+
 def test_the_units_name(monkeypatch):
     assert library.bf16_unit() in ("amx", "avx512_bf16")
     monkeypatch.setattr(library, "kernel_library", lambda: None)
     assert library.bf16_unit.__wrapped__() is None
 
 
-class TestModel:
-    @pytest.mark.parametrize("number", range(14))
-    def test_what_a_processor_refuses_ends_the_process(self, model, number):
-        child = os.fork()
-        if not child:
+def signal_of_child(function: Callable[[], object]) -> int:
+    """Return the number of the signal that ends a process which calls the function, 0 if it ends without."""
+    child = os.fork()
+    if not child:
+        try:
+            signal.alarm(10)  # other threads may have held locks
             faulthandler.disable()
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            model.misuse(number)
+            function()
+        finally:
             os._exit(0)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGABRT
+    return os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(HAS_TILES, reason="this processor does not refuse the instructions")
+@pytest.mark.parametrize("number", range(4))
+def test_traps_leave_other_instructions_to_the_handler_before(compiled, number):
+    traps = loaded(compiled("traps"))
+    assert signal_of_child(lambda: traps.execute_no_tile(number)) == signal.SIGILL
+    assert signal_of_child(lambda: traps.execute_no_tile(-1)) == 0
+
+
+class TestModel:
+    @pytest.mark.parametrize("number", range(14))
+    def test_what_a_processor_refuses_ends_the_process(self, model, number):
+        assert signal_of_child(lambda: model.misuse(number)) == signal.SIGABRT
 
     def test_what_it_accepts_does_not(self, model):
         model.misuse(-1)

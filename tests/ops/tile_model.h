@@ -4,6 +4,7 @@
 // With `g++ -include tile_model.h`, kernels that are written with the intrinsics compute with this.
 #pragma once
 #include <immintrin.h>
+#include <unistd.h>
 
 #include <cfloat>
 #include <cmath>
@@ -11,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #define __AMX_TILE__ 1
 #define __AMX_BF16__ 1
@@ -36,7 +38,9 @@ bool permitted = false;  // the process
 
 void demand(bool condition, const char *what, int tile = -1) {
   if (condition) return;
-  std::fprintf(stderr, "tile_model: %s (tile %d)\n", what, tile);
+  char message[128];  // without stdio: a child after fork() may not wait for its lock, which another thread held
+  int length = std::snprintf(message, sizeof message, "tile_model: %s (tile %d)\n", what, tile);
+  [[maybe_unused]] ssize_t written = write(STDERR_FILENO, message, size_t(length));
   std::abort();
 }
 
@@ -69,11 +73,18 @@ void release() { state = State(); }
 
 void zero(int i) { std::memset(tile(i).data, 0, sizeof(Tile::data)); }
 
+// A processor whose loads of rows that are so many bytes apart are wrong, which the kernels have to notice.
+int64_t wrong_stride() {
+  static const char *bytes = std::getenv("TILE_MODEL_WRONG_STRIDE");
+  return bytes ? std::atoll(bytes) : 0;
+}
+
 void load(int i, const void *base, int64_t stride) {
   Tile &to = tile(i);
   uint8_t data[MOST_ROWS][MOST_BYTES] = {};
   for (int row = 0; row < to.rows; row++)
     std::memcpy(data[row], static_cast<const uint8_t *>(base) + row * stride, size_t(to.bytes));
+  if (stride == wrong_stride()) std::swap(data[0], data[to.rows - 1]);
   std::memcpy(to.data, data, sizeof data);
 }
 

@@ -1,4 +1,5 @@
-// The kernels with the tiles of tile_model.h, and functions by which test_tiles.py reaches what is inside.
+// The kernels with the tiles of tile_model.h, or those of the processor, and functions by which test_tiles.py reaches what is
+// inside.
 #include "../../ldm/ops/cpu/kernels.cc"
 
 extern "C" {
@@ -7,6 +8,8 @@ void product_by_tiles(int64_t m, int64_t n, const Rows *a, const Pair *b, float 
   ConfiguredTiles tiles;
   multiply_by_tiles(m, n, *a, b, c, ldc, add);
 }
+
+#ifdef TILES_ARE_MODELLED
 
 int tiles_are_configured(void) { return tile_model::state.configured; }
 
@@ -49,5 +52,19 @@ void misuse(int number) {
   _tile_release();
   if (number == 13) _tile_dpbf16ps(0, 1, 2);
 }
+
+#ifdef TILES_ARE_TRAPPED
+// What the traps must not take for one of theirs: UD2, and instructions beside theirs that no processor has.
+void execute_no_tile(int number) {
+  tile_traps::install();  // again: faulthandler.disable() sets the handler of before
+  _tile_loadconfig(&TILES);  // which is one of theirs
+  if (number == 0) asm volatile("ud2");
+  if (number == 1) asm volatile(".byte 0xc4, 0xe2, 0x78, 0x5c, 0xc1");  // TDPBF16PS without its prefix
+  if (number == 2) asm volatile(".byte 0xc4, 0xe2, 0x78, 0x49, 0xc1");  // TILERELEASE of a register
+  if (number == 3) asm volatile(".byte 0xc4, 0xe2, 0xf8, 0x49, 0xc0");  // or with W = 1
+}
+#endif
+
+#endif
 
 }  // extern "C"

@@ -21,7 +21,7 @@ constexpr int REGISTERS[] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RB
 // An instruction of 0F38 with a VEX prefix of three bytes, vectors of 128 bits and W = 0.
 struct Instruction {
   int prefix, opcode, reg, rm, third, length = 5;  // `third` is VEX.vvvv
-  bool in_memory;
+  bool in_memory, has_index = false;
   const uint8_t *address = nullptr;  // without the index for tiles, whose index is the stride
   int64_t index = 0;
 
@@ -34,7 +34,7 @@ struct Instruction {
     int mode = code[4] >> 6, base = rm, high_base = code[1] & 0x20 ? 0 : 8, high_index = code[1] & 0x40 ? 0 : 8;
     if (rm == 4) {
       int scaled = code[length++], number = (scaled >> 3 & 7) | high_index;
-      base = scaled & 7;
+      base = scaled & 7, has_index = true;
       if (number != 4) index = registers[REGISTERS[number]] << (scaled >> 6);
     }
     bool far = mode == 2 || (mode == 0 && base == 5);
@@ -47,38 +47,47 @@ struct Instruction {
   }
 };
 
-void handle(int, siginfo_t *, void *context) {
-  greg_t *registers = static_cast<ucontext_t *>(context)->uc_mcontext.gregs;
-  auto *code = reinterpret_cast<const uint8_t *>(registers[REG_RIP]);
-  if (!Instruction::is_here(code)) {
-    sigaction(SIGILL, &before, nullptr);  // which handles it when this returns
-    return;
-  }
-  Instruction i(code, registers);
+// Does what the instruction does. Returns whether it is one of tiles.
+bool execute(const Instruction &i) {
   enum { NONE, P66, PF3, PF2 };
   if (i.opcode == 0x49 && i.prefix == NONE && i.in_memory)
     tile_model::load_configuration(i.address + i.index);
-  else if (i.opcode == 0x49 && i.prefix == NONE)
+  else if (i.opcode == 0x49 && i.prefix == NONE && i.reg == 0 && i.rm == 0)
     tile_model::release();
-  else if (i.opcode == 0x49 && i.prefix == PF2 && !i.in_memory)
+  else if (i.opcode == 0x49 && i.prefix == PF2 && !i.in_memory && i.rm == 0)
     tile_model::zero(i.reg);
-  else if (i.opcode == 0x4b && (i.prefix == PF2 || i.prefix == P66))
+  else if (i.opcode == 0x4b && (i.prefix == PF2 || i.prefix == P66) && i.has_index)
     tile_model::load(i.reg, i.address, i.index);
-  else if (i.opcode == 0x4b && i.prefix == PF3)
+  else if (i.opcode == 0x4b && i.prefix == PF3 && i.has_index)
     tile_model::store(i.reg, const_cast<uint8_t *>(i.address), i.index);
   else if (i.opcode == 0x5c && i.prefix == PF3 && !i.in_memory)
     tile_model::multiply(i.reg, i.rm, i.third);
   else
-    tile_model::demand(false, "an instruction that is not modelled");
-  registers[REG_RIP] += i.length;
+    return false;
+  return true;
 }
 
-const bool INSTALLED = [] {
+void handle(int, siginfo_t *, void *context) {
+  greg_t *registers = static_cast<ucontext_t *>(context)->uc_mcontext.gregs;
+  auto *code = reinterpret_cast<const uint8_t *>(registers[REG_RIP]);
+  if (Instruction::is_here(code)) {
+    Instruction instruction(code, registers);
+    if (execute(instruction)) {
+      registers[REG_RIP] += instruction.length;
+      return;
+    }
+  }
+  sigaction(SIGILL, &before, nullptr);  // which handles it when this returns
+}
+
+bool install() {
   struct sigaction action = {};
   action.sa_sigaction = handle;
   action.sa_flags = SA_SIGINFO | SA_NODEFER;
   return sigaction(SIGILL, &action, &before) == 0;
-}();
+}
+
+const bool INSTALLED = install();
 
 }  // namespace tile_traps
 }  // namespace

@@ -251,9 +251,9 @@ class UnpackWeight(nn.Cell):
 class UnpackedMatMul(nn.Cell):
     """(x (rows, in) fp32, weight (out, in) bf16) -> x weight^T (rows, out), all in fp32.
 
-    The kernel unpacks the weight by parts that stay in the processor's cache, and gives what MindSpore's operator gives
-    for the whole unpacked weight, which is used without kernels. The weight has no gradient, because what is trained is
-    fp32.
+    The kernel unpacks the weight by parts that stay in the processor's cache. Without kernels, MindSpore's operator
+    takes the whole unpacked weight. The two may add up in different orders, so their results are the same up to
+    rounding only. The weight has no gradient, because what is trained is fp32.
     """
 
     def __init__(self) -> None:

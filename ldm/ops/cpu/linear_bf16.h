@@ -16,7 +16,7 @@ int multiply_by_weight(bool valid, int64_t m, int64_t n, int64_t k, const float 
                        float *y) {
   constexpr int64_t ITEM_ROWS = 1008, BLOCK_ROWS = 96, BLOCK_PAIRS = 128;
   // A few rows are not divided, so the columns are: into eight parts, but not below a panel.
-  int64_t part_columns = std::min<int64_t>(256, (n + 8 * PANEL - 1) / (8 * PANEL) * PANEL);
+  int64_t part_columns = std::clamp<int64_t>((n + 8 * PANEL - 1) / (8 * PANEL) * PANEL, PANEL, 256);
   int64_t row_parts = (m + ITEM_ROWS - 1) / ITEM_ROWS, column_parts = (n + part_columns - 1) / part_columns;
   return run_products(valid, row_parts * column_parts, m * n * k, [&](int64_t start, int64_t end) {
     Scratch scratch((part_columns + BLOCK_ROWS) * BLOCK_PAIRS);

@@ -1,6 +1,8 @@
 // The choice between the two products of bf16: by tiles, where they work, or by vectors.
 #pragma once
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
@@ -30,24 +32,34 @@ bool ask_for_tiles() {
 }
 #endif
 
-// Whether a product by tiles is the one by vectors, at edges of every kind. Of integers from -8 to 8 both are exact.
-bool tiles_are_exact() {
-  constexpr int64_t M = 35, N = 90, PAIRS = 266, PANELS = (N + PANEL - 1) / PANEL;
-  auto bits = [](int64_t i) {
-    auto value = float(i * i % 17 - 8);
-    uint32_t wide;
-    std::memcpy(&wide, &value, sizeof wide);
-    return wide >> 16;
-  };
-  std::vector<Pair> a(M * PAIRS), b(PANELS * PANEL * PAIRS);
-  for (size_t i = 0; i < a.size(); i++) a[i] = bits(i) | bits(i + 5) << 16;
-  for (size_t i = 0; i < b.size(); i++) b[i] = bits(i + 3) | bits(3 * i) << 16;
-  std::vector<float> by_vectors(M * N, 1), by_tiles(M * N, 1);
-  Rows rows = {a.data(), PAIRS, 0, 1, PAIRS};
-  multiply_by_vectors(M, N, rows, b.data(), by_vectors.data(), N, true);
+// Whether a product by tiles is the one by vectors. Of integers from -8 to 8 both are exact.
+bool is_exact(int64_t m, int64_t n, const Rows &rows, const std::vector<Pair> &b, bool add) {
+  std::vector<float> by_vectors(m * n, add ? 1 : NAN), by_tiles = by_vectors;
+  multiply_by_vectors(m, n, rows, b.data(), by_vectors.data(), n, add);
   ConfiguredTiles tiles;
-  multiply_by_tiles(M, N, rows, b.data(), by_tiles.data(), N, true);
+  multiply_by_tiles(m, n, rows, b.data(), by_tiles.data(), n, add);
   return by_tiles == by_vectors;
+}
+
+// Whether products by tiles are exact: of rows that are gathered, with edges of every kind, of rows that are loaded as they
+// are, and of columns that are transposed.
+bool tiles_are_exact() {
+  constexpr int64_t PAIRS = 288, ROW = 300, M = 48;
+  auto integers = [state = uint32_t(1)](int64_t count) mutable {
+    auto next = [&] {
+      state = 1664525 * state + 1013904223;  // Numerical Recipes
+      auto value = float(int(state >> 16) % 17 - 8);
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof bits);
+      return bits;
+    };
+    std::vector<Pair> pairs(count);
+    for (Pair &pair : pairs) pair = next() >> 16, pair |= next();
+    return pairs;
+  };
+  std::vector<Pair> a = integers(M * ROW), b = integers(2 * PANEL * PAIRS);
+  return is_exact(35, 90, {a.data(), ROW, 0, 1, 266}, b, true) && is_exact(M, 80, {a.data(), ROW, 0, 1, PAIRS}, b, false) &&
+         is_exact(35, 50, {a.data(), 1, M, PAIRS, 1}, b, false);
 }
 
 // Whether products are by tiles: where that works, unless LDM_AMX is 0.
