@@ -306,14 +306,14 @@ def test_what_was_not_measured_gets_no_figure(model, settings, words):
     assert not any(re.search(r"\d GB|\d s\b", line) for line in lines)
 
 
-def test_bf16_takes_half_of_the_held_weights_off_and_says_that_it_was_not_measured():
+def test_bf16_takes_half_of_the_held_weights_off_and_says_that_the_time_is_that_of_fp32():
     found, in_fp32 = estimated("nano", precision="bf16"), estimated("nano")
     network = build_model(CONFIGS["nano"], random=False)
     set_up_sampling(network, ms.bfloat16, False)
     held = sum(p.size for p in network.get_parameters() if p.dtype == ms.bfloat16)
     assert in_fp32.memory_gb - found.memory_gb == pytest.approx(2 * held / GB, rel=1e-2)
     assert found.seconds == in_fp32.seconds
-    assert any("not measured: training in bf16" in note for note in found.notes)
+    assert any(note.startswith("bf16: ") and "the time is that of fp32" in note for note in found.notes)
     assert not any("bf16" in note for note in in_fp32.notes)
 
 
