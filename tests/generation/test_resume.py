@@ -99,7 +99,9 @@ def test_an_image_of_another_size_or_mode_was_changed(tmp_path, shape, mode):
 def test_a_run_continues_in_its_precision(tmp_path, before, now):
     """Earlier versions recorded `auto`, which was fp32 on the CPU and fp16 on Ascend."""
     begin_or_continue(tmp_path, {**RECORD, "precision": before})
+    written = (tmp_path / "run.json").read_bytes()
     begin_or_continue(tmp_path, {**RECORD, "precision": now})
+    assert (tmp_path / "run.json").read_bytes() == written
 
 
 @pytest.mark.parametrize(("before", "now"), [("auto", "bf16"), ("fp32", "bf16"), ("bf16", "fp32")])
