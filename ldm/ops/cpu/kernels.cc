@@ -14,14 +14,10 @@
 #include "conv_bf16.h"
 #include "linear_bf16.h"
 #include "winograd_bf16.h"
-constexpr int HAS_BF16 = 1;
+static const char *unit() { return uses_tiles() ? "amx" : "avx512_bf16"; }
 #else
-constexpr int HAS_BF16 = 0;
-bool uses_tiles() { return false; }
+static const char *unit() { return ""; }
 #endif
 
-// Whether the kernels of bf16 are there: the processor multiplies bf16.
-extern "C" int has_bf16(void) { return HAS_BF16; }
-
-// What multiplies bf16: "amx", "avx512_bf16" or "".
-extern "C" const char *bf16_unit(void) { return uses_tiles() ? "amx" : HAS_BF16 ? "avx512_bf16" : ""; }
+// What multiplies bf16: "amx", "avx512_bf16", or "" where the kernels of bf16 are not there.
+extern "C" const char *bf16_unit(void) { return unit(); }

@@ -83,13 +83,6 @@ def kernel_library() -> Path | None:
 
 
 @cache
-def multiplies_bf16() -> bool:
-    """Whether the kernels multiply bf16 by instructions of this processor (AVX512-BF16, and AMX beside it)."""
-    library = kernel_library()
-    return library is not None and bool(ctypes.CDLL(str(library)).has_bf16())
-
-
-@cache
 def bf16_unit() -> str | None:
     """Return what multiplies bf16 in the kernels: "amx" (Intel's tiles), "avx512_bf16" (vectors), or None.
 
@@ -102,6 +95,11 @@ def bf16_unit() -> str | None:
     ask = ctypes.CDLL(str(library)).bf16_unit
     ask.restype = ctypes.c_char_p
     return ask().decode() or None
+
+
+def multiplies_bf16() -> bool:
+    """Whether the kernels multiply bf16 by instructions of this processor."""
+    return bf16_unit() is not None
 
 
 def _compiled(compiler: list[str]) -> Path:
