@@ -3,7 +3,8 @@
     python -m tools.nano.choose_concepts
 
 Writes datasets/emoji_noto/img_txt.csv, and the img_txt.csv of the other styles with their training images of the same
-concepts. The concepts are those of the test split of emoji_fluent_hc, whose style the demo holds out, and whole groups
+concepts. Writes datasets/emoji_line_art, the demo's data set: the line drawings of datasets/styles/notomono-bold of the
+same concepts, those whose image in emoji_fluent_hc is held out in its test split. The concepts are those of the test split of emoji_fluent_hc, whose style the demo holds out, and whole groups
 of emoji: animals, plants, food, smiling faces, cats, instruments, boats, aeroplanes, sports, things. A small model
 draws few concepts better than many. A LoRA learns a style only from concepts that its base model knows (docs/nano.md).
 """
@@ -11,13 +12,16 @@ draws few concepts better than many. A LoRA learns a style only from concepts th
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+import shutil
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from ldm.files.atomic import atomic_path
 from ldm.files.outputs import claim_all, claim_file
 from ldm.runtime.script import run_script
-from tools.nano.images import DATASETS, STYLES, categories, read_rows
+from tools.nano.images import DATASETS, LINE_ART, STYLES, categories, read_rows
+
+LINE_DRAWINGS = "notomono-bold"  # the style of LINE_ART; a caption of the base model's training calls it by words
 
 WHOLE_CATEGORIES = ("Animals & Nature", "Food & Drink")
 SUBCATEGORIES = (
@@ -39,7 +43,7 @@ SUBCATEGORIES = (
 
 
 def write_csv(style: str, rows: Iterable[tuple[str, str]]) -> int:
-    """Write datasets/<style>/img_txt.csv from rows of (split/file, caption), sorted by file; return their number."""
+    """Write datasets/<style>/img_txt.csv from rows of (file, caption), sorted by the file's name. Return their number."""
     ordered = sorted(rows, key=lambda row: Path(row[0]).name)
     with atomic_path(DATASETS / style / "img_txt.csv") as path:
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -47,6 +51,22 @@ def write_csv(style: str, rows: Iterable[tuple[str, str]]) -> int:
             writer.writerow(("dir", "text"))
             writer.writerows(ordered)
     return len(ordered)
+
+
+def write_line_art(chosen: Collection[str], held_out: Collection[str]) -> None:
+    """Write datasets/emoji_line_art: the line drawings of the chosen files, in train/ and, those held out, in test/."""
+    drawings = [row for row in read_rows(LINE_DRAWINGS) if row.path.name in chosen]
+    for split in ("train", "test"):
+        rows = [row for row in drawings if (row.path.name in held_out) == (split == "test")]
+        (DATASETS / LINE_ART / split).mkdir(parents=True, exist_ok=True)
+        for row in rows:
+            with atomic_path(DATASETS / LINE_ART / split / row.path.name) as path:
+                shutil.copyfile(row.path, path)
+        count = write_csv(f"{LINE_ART}/{split}", [(row.path.name, row.caption) for row in rows])
+        if split == "test":
+            with atomic_path(DATASETS / LINE_ART / split / "prompts.txt") as path:
+                path.write_text("".join(row.caption + "\n" for row in rows), encoding="utf-8")
+        print(f"{count} line drawings in {LINE_ART}/{split}")
 
 
 def main() -> None:
@@ -74,6 +94,7 @@ def choose() -> None:
             (f"train/{row.path.name}", row.caption) for row in read_rows(style, "train") if row.path.name in chosen
         ]
         print(f"{write_csv(style, known)} training images of {style} show one of them")
+    write_line_art(chosen, held_out_style)
 
 
 if __name__ == "__main__":
