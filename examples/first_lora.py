@@ -41,7 +41,7 @@ class Settings:
 
     output_path: Path = setting(ROOT / "output/examples/first_lora", "folder of the results", path=True)
     data_path: Path = setting(
-        ROOT / "datasets/emoji_fluent_hc", "folder with images and img_txt.csv (datasets/README.md)", path=True
+        ROOT / "datasets/emoji_line_art/train", "folder with images and img_txt.csv (datasets/README.md)", path=True
     )
     base_model: Path = setting(ROOT / "models/nano/nano.safetensors", "the base model", path=True)
     train_config: Path = setting(

@@ -46,7 +46,7 @@ from tools.commands import call, from_root  # noqa: E402
 from tools.grid import draw_grid, evenly  # noqa: E402
 from tools.lessons import PROMPTS, check_prompts, replaced, save_images, train_lora  # noqa: E402
 
-STYLE = ROOT / "datasets/emoji_fluent_hc"
+STYLE = ROOT / "datasets/emoji_line_art/train"
 KOHYA_FOLDER = "10_emoji line art"
 IMAGES = 120  # of the style, in the folder that the lesson makes
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first one that exists

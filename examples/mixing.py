@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with claim_folder(output, "--output_path"):
         describe_progress(lambda: f"before the end; the same command resumes from what is in {output}")
         steps = () if settings.steps is None else ("--max_steps", str(settings.steps))
-        for name, style in (("line_art", "emoji_fluent_hc"), ("twemoji", "emoji_twemoji")):
+        for name, style in (("line_art", "emoji_line_art/train"), ("twemoji", "emoji_twemoji")):
             loras[name] = loras[name] or train_lora(recipe, f"datasets/{style}", base, output / name, *steps)
         merge_into_one_file(base, loras["line_art"], loras["twemoji"], settings.prompts, output)
         draw(base, loras["line_art"], loras["twemoji"], settings, output)

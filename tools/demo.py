@@ -1,9 +1,9 @@
-"""Fine-tune the nano model with LoRA on line-art emoji, and compare held-out prompts before and after.
+"""Fine-tune the nano model with LoRA on line drawings of emoji, and compare held-out prompts before and after.
 
     python tools/demo.py
 
 The demo runs the same scripts as a user would and prints each command. It writes output/demo/grid.png, with columns for
-the prompt, the base model, the LoRA and the real image, which was not used in training. It ends with a table of scores.
+the prompt, the base model, the LoRA and the real line drawing, which the LoRA was not trained on. It ends with a table of scores.
 Running it again resumes an interrupted demo.
 """
 
@@ -35,8 +35,7 @@ from ldm.settings.read import read_settings  # noqa: E402
 from tools.commands import call, from_root  # noqa: E402
 from tools.grid import draw_grid, evenly  # noqa: E402
 
-STYLE = ROOT / "datasets" / "emoji_fluent_hc"
-LORA_SCALE = "0.8"  # 1 leaves slightly less colour, and fewer recognisable shapes (docs/nano.md)
+STYLE = ROOT / "datasets" / "emoji_line_art"
 
 
 def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> str:
@@ -111,14 +110,14 @@ def demonstrate(output: Path, prompts: int) -> None:
     rows = [rows[i] for i in evenly(len(rows), prompts)]
     with atomic_path(output / "prompts.txt") as path:
         path.write_text("".join(row.caption + "\n" for row in rows), encoding="utf-8")
-    recipe = ("--train_config", "configs/train/train_config_lora_nano.yaml", "--resume", "True")
+    recipe = ("--train_config", "configs/train/train_config_lora_text_nano.yaml", "--resume", "True")
     base = ("--pretrained_model_path", "models/nano/nano.safetensors")
-    data = ("--data_path", str(STYLE.relative_to(ROOT)))
+    data = ("--data_path", str((STYLE / "train").relative_to(ROOT)))
     call("train_text_to_image.py", *recipe, *base, *data, "--output_path", str(output / "lora"))
     lora = ("--use_lora", "True", "--lora_ckpt_path", str(output / "lora" / "ckpt" / "lora.ckpt"))
     generate = ("text_to_image.py", "--data_path", str(output / "prompts.txt"), "--batch_size", "12", "--seed", "1")
     call(*generate, "--output_path", str(output / "base"))
-    call(*generate, "--output_path", str(output / "with_lora"), *lora, "--lora_scale", LORA_SCALE)
+    call(*generate, "--output_path", str(output / "with_lora"), *lora)
 
     images = [sorted((output / name / "samples").glob("*.png")) for name in ("base", "with_lora")]
     columns = {"base": images[0], "with LoRA": images[1], "the real image": [row.path for row in rows]}
