@@ -3,8 +3,8 @@
     python tools/demo.py
 
 The demo runs the same scripts as a user would and prints each command. It writes output/demo/grid.png, with columns for
-the prompt, the base model, the LoRA and the real line drawing, which the LoRA was not trained on. It ends with a table of scores.
-Running it again resumes an interrupted demo.
+the prompt, the base model, the LoRA and the real drawing, which the LoRA was not trained on. It ends with a table of
+scores. Running it again resumes an interrupted demo.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@
 
 Writes datasets/emoji_noto/img_txt.csv, and the img_txt.csv of the other styles with their training images of the same
 concepts. Writes datasets/emoji_line_art, the demo's data set: the line drawings of datasets/styles/notomono-bold of the
-same concepts, those whose image in emoji_fluent_hc is held out in its test split. The concepts are those of the test split of emoji_fluent_hc, whose style the demo holds out, and whole groups
-of emoji: animals, plants, food, smiling faces, cats, instruments, boats, aeroplanes, sports, things. A small model
-draws few concepts better than many. A LoRA learns a style only from concepts that its base model knows (docs/nano.md).
+same concepts, those whose image in emoji_fluent_hc is held out in its test split. The concepts are those of the test
+split of emoji_fluent_hc, whose style no part of the model sees, and whole groups of emoji: animals, plants, food,
+smiling faces, cats, instruments, boats, aeroplanes, sports, things. A small model draws few concepts better than many.
+A LoRA learns a style only from concepts that its base model knows (docs/nano.md).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SUBCATEGORIES = (
 
 
 def write_csv(style: str, rows: Iterable[tuple[str, str]]) -> int:
-    """Write datasets/<style>/img_txt.csv from rows of (file, caption), sorted by the file's name. Return their number."""
+    """Write datasets/<style>/img_txt.csv from rows of (file, caption), sorted by file name. Return their number."""
     ordered = sorted(rows, key=lambda row: Path(row[0]).name)
     with atomic_path(DATASETS / style / "img_txt.csv") as path:
         with open(path, "w", newline="", encoding="utf-8") as file:
