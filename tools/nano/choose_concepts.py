@@ -5,7 +5,7 @@
 Writes datasets/emoji_noto/img_txt.csv, and the img_txt.csv of the other styles with their training images of the same
 concepts. Writes datasets/emoji_line_art, the demo's data set: the line drawings of datasets/styles/notomono-bold of the
 same concepts, those whose image in emoji_fluent_hc is held out in its test split. The concepts are those of the test
-split of emoji_fluent_hc, whose style no part of the model sees, and whole groups of emoji: animals, plants, food,
+split of emoji_fluent_hc, which judges the LoRA of the demo, and whole groups of emoji: animals, plants, food,
 smiling faces, cats, instruments, boats, aeroplanes, sports, things. A small model draws few concepts better than many.
 A LoRA learns a style only from concepts that its base model knows (docs/nano.md).
 """
