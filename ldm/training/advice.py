@@ -59,10 +59,10 @@ _SD = {
     "text_encoder": Range(0.1, 1, "cloneofsimo's README and sd-scripts' train_network.md 0.1; mindone's DreamBooth 1"),
 }  # fmt: skip
 _NANO = {
-    "lora_rank": Range(1, 32, "docs/nano.md"),
+    "lora_rank": Range(4, 32, "docs/nano.md"),
     "lora_alpha": _SD["lora_alpha"],
     "rate": Range(5e-4, 2e-3, "docs/nano.md"),
-    "views": Range(8, 100, "configs/train, *_nano.yaml: lora_text 9, dreambooth 80"),
+    "views": Range(17, 100, "configs/train, *_nano.yaml: lora_text 18, dreambooth 80"),
     "text_encoder": _SD["text_encoder"],
 }
 _ALL = {
