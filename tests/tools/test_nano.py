@@ -164,6 +164,11 @@ def test_the_styles_that_are_held_out_are_not_in_the_training_data(tmp_path, mon
     again = tmp_path / "again"
     style_images.write_images(again)
     assert all((again / row.path.relative_to(tmp_path)).read_bytes() == row.path.read_bytes() for row in made)
+    plain = tmp_path / "plain"
+    style_images.write_images(plain, variations=False)
+    without = read_image_text_csv(plain).rows
+    assert [row.caption for row in without] == list(dict.fromkeys(row.caption for row in made))
+    assert all((tmp_path / row.path.relative_to(plain)).read_bytes() == row.path.read_bytes() for row in without)
 
 
 def test_a_varied_image_keeps_its_centre_and_is_filled_with_white():

@@ -6,11 +6,11 @@ r"""Measure the nano model, alone or with a LoRA.
 
 Without a LoRA, it measures the autoencoder's PSNR on Noto's held-out images, and for 200 captions, how often the real
 image is among the 5 nearest training images to the generated one, by pixels (16x16 RGB, L2) and by the nano CLIP's
-image tower. With a LoRA for the style `--style`, it compares the base model and the LoRA on the captions of the style's
-held-out images: the mean chroma (max - min of RGB, 0 to 1), how often the concept's real image in that style is among
-the 5 nearest of the held-out ones to the generated one, or nearer than another one (nano image tower), the Fréchet
-distance to the held-out images and the CLIP score (nano CLIP). It writes a grid of samples and the images for each
-seed, and the figures of each seed with their means.
+image tower. With a LoRA for the style `--style`, or with `--words` for it, it compares the base model without and with
+them on the captions of the style's held-out images: the mean chroma (max - min of RGB, 0 to 1), how often the concept's
+real image in that style is among the 5 nearest of the held-out ones to the generated one, or nearer than another one
+(nano image tower), the Fréchet distance to the held-out images and the CLIP score (nano CLIP). It writes a grid of
+samples and the images for each seed, and the figures of each seed with their means.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class Settings:
     lora_scale: float = setting(1.0, "its strength")
     lora_start: Optional[float] = setting(None, "share of the steps where it begins; None: as the file says")
     lora_end: Optional[float] = setting(None, "share of the steps where it ends; None: as the file says")
+    words: str = setting("", 'behind each caption, beside a LoRA or instead of one, such as ", line drawing, bold"')
     style: str = setting("emoji_fluent_hc", "the style of the LoRA", choices=STYLES)
     captions: Optional[int] = setting(None, "number of captions; None: 200, or all held-out ones with a LoRA", low=2)
     scale: float = setting(4.0, "guidance", low=1)
@@ -121,7 +122,7 @@ def measure(args: Settings) -> None:
 
     result: dict[str, Any] = {"guidance": args.scale, "steps": 20}
     by_seed = {}
-    if args.lora_ckpt_path is None:
+    if args.lora_ckpt_path is None and not args.words:
         print(vae_report := report(pipeline.model.first_stage_model))
         result["autoencoder"] = vae_report
         known = read_images("emoji_noto", "")
@@ -139,13 +140,15 @@ def measure(args: Settings) -> None:
         held_out = read_images(args.style, "test")
         held_out = [held_out[i] for i in evenly(len(held_out), args.captions or len(held_out))]
         captions, real = [image.caption for image in held_out], np.stack([image.pixels for image in held_out])
-        result.update(style=args.style, prompts=len(captions), lora_scale=args.lora_scale)
+        result.update(style=args.style, prompts=len(captions), lora_scale=args.lora_scale, words=args.words)
         base = {seed: images_of(captions, seed) for seed in args.seeds}
-        pipeline.load_lora(args.lora_ckpt_path, args.lora_scale, start=args.lora_start, end=args.lora_end)
+        if args.lora_ckpt_path is not None:
+            pipeline.load_lora(args.lora_ckpt_path, args.lora_scale, start=args.lora_start, end=args.lora_end)
         shown = evenly(len(captions), 24)
-        texts = [text for i in shown for text in (captions[i], "with LoRA", "real")]
+        made_by = "with LoRA" if args.lora_ckpt_path else "by words"
+        texts = [text for i in shown for text in (captions[i], made_by, "real")]
         for seed in args.seeds:
-            made = images_of(captions, seed)
+            made = images_of([caption + args.words for caption in captions], seed)
             by_seed[seed] = measure_lora(clip, base[seed], made, real, captions)
             save_images(args.output_path / f"seed_{seed}" / "base", base[seed])
             save_images(args.output_path / f"seed_{seed}" / "with_lora", made)

@@ -3,8 +3,8 @@
     python -m tools.nano.style_images --output_path output/nano/styles
 
 Every concept of datasets/emoji_noto/img_txt.csv is taken in Noto's style and in three of datasets/styles, each image
-once as it is and once slightly turned, scaled and shifted. Captions name the style: "a koala, line drawing, bold".
-Noto's captions name none, because its style is the one that the model draws by default.
+once as it is and, unless `--variations False`, once slightly turned, scaled and shifted. Captions name the style: "a
+koala, line drawing, bold". Noto's captions name none, because its style is the one that the model draws by default.
 """
 
 from __future__ import annotations
@@ -61,15 +61,16 @@ class Settings:
     """The command line."""
 
     output_path: Path = setting(REQUIRED, "folder of the data set", path=True)
+    variations: bool = setting(True, "write a second copy of each image, slightly turned, scaled and shifted")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = read_settings(Settings, argv, description=__doc__)
     with claim_folder(args.output_path, "--output_path"), claim_file(args.output_path / "img_txt.csv", "--output_path"):
-        write_images(args.output_path)
+        write_images(args.output_path, args.variations)
 
 
-def write_images(output: Path) -> None:
+def write_images(output: Path, variations: bool = True) -> None:
     """Write the images, and img_txt.csv last."""
     rng = np.random.default_rng(SEED)
     concepts = sorted(read_image_text_csv(DATASETS / "emoji_noto").rows, key=lambda row: row.path.name)
@@ -83,7 +84,10 @@ def write_images(output: Path) -> None:
                 continue
             image = open_rgb(source)
             caption = f"{concept.caption}, {words}" if words else concept.caption
-            for file, made in ((name, image), (f"v_{name}", vary(image, rng))):
+            files = [(name, image)]
+            if variations:
+                files.append((f"v_{name}", vary(image, rng)))
+            for file, made in files:
                 made.save(output / style / file)
                 listed.append((f"{style}/{file}", caption))
     with atomic_path(output / "img_txt.csv") as path:
