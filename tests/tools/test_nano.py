@@ -1,5 +1,6 @@
 """tools/nano: the measures, augmentations and losses that the nano model was trained with."""
 
+import json
 import sys
 
 import numpy as np
@@ -177,6 +178,29 @@ def test_a_varied_image_keeps_its_centre_and_is_filled_with_white():
     varied = [np.asarray(vary(image, np.random.default_rng(seed))) for seed in range(8)]
     assert all(v.shape == (64, 64, 3) and v[32, 32].max() < 5 and v[0, 0].min() > 250 for v in varied)
     assert len({v.tobytes() for v in varied}) == 8
+
+
+def test_words_are_measured_behind_each_caption_without_a_lora(tmp_path, monkeypatch):
+    asked = []
+
+    class Network:
+        @classmethod
+        def from_checkpoint(cls, path, config):
+            return cls()
+
+        def generate(self, prompts, sampling, seed):
+            asked.append(list(prompts))
+            yield type("Batch", (), {"images": np.zeros((len(prompts), 64, 64, 3), np.uint8)})
+
+    monkeypatch.setattr(measure, "setup_runtime", lambda device: None)
+    monkeypatch.setattr(measure, "Pipeline", Network)
+    monkeypatch.setattr(measure, "nano_clip", lambda folder: None)
+    monkeypatch.setattr(measure, "measure_lora", lambda clip, base, made, real, captions: {"prompts": len(captions)})
+    measure.main(["--output_path", str(tmp_path), "--captions", "3", "--words", ", line drawing"])
+    plain, with_words = asked
+    assert len(plain) == 3 and with_words == [f"{caption}, line drawing" for caption in plain]
+    assert json.loads((tmp_path / "measure.json").read_text())["words"] == ", line drawing"
+    assert (tmp_path / "seed_1" / "with_lora" / "00002.png").is_file()
 
 
 def test_the_figures_of_a_lora_compare_it_with_the_base():

@@ -97,7 +97,7 @@ class Settings:
     lora_end: Optional[float] = setting(None, "share of the steps where it ends; None: as the file says")
     words: str = setting("", 'behind each caption, beside a LoRA or instead of one, such as ", line drawing, bold"')
     style: str = setting("emoji_fluent_hc", "the style of the LoRA", choices=STYLES)
-    captions: Optional[int] = setting(None, "number of captions; None: 200, or all held-out ones with a LoRA", low=2)
+    captions: Optional[int] = setting(None, "number; None: 200, or all held-out ones with a LoRA or words", low=2)
     scale: float = setting(4.0, "guidance", low=1)
     seeds: list[int] = setting([1], "seeds of the starting latents", low=0, high=MAX_SEED)
 
