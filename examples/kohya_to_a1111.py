@@ -64,7 +64,7 @@ class Settings:
     )
     base_model: Path = setting(ROOT / "models/nano/nano.safetensors", "the base model", path=True)
     train_config: Path = setting(
-        ROOT / "configs/train/train_config_lora_nano.yaml", "the recipe, a YAML of configs/train", path=True
+        ROOT / "configs/train/train_config_lora_text_nano.yaml", "the recipe, a YAML of configs/train", path=True
     )
     name: str = setting("emoji_line_art", "the name of the file for A1111, which a prompt there mentions")
     steps: Optional[int] = setting(None, "steps of training; None: the recipe's", low=1, high=MAX_COUNT)

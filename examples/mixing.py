@@ -63,7 +63,7 @@ class Settings:
     twemoji: Optional[Path] = setting(None, "a LoRA instead of the one that is trained on Twemoji", path=True)
     base_model: Path = setting(ROOT / "models/nano/nano.safetensors", "the base model", path=True)
     train_config: Path = setting(
-        ROOT / "configs/train/train_config_lora_nano.yaml", "the recipe, a YAML of configs/train", path=True
+        ROOT / "configs/train/train_config_lora_text_nano.yaml", "the recipe, a YAML of configs/train", path=True
     )
     steps: Optional[int] = setting(None, "steps of each training; None: the recipe's", low=1, high=MAX_COUNT)
     prompts: list[str] = setting(PROMPTS, "what to draw; the first one in the grid of strengths", length=(1, 100))

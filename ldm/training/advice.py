@@ -62,7 +62,7 @@ _NANO = {
     "lora_rank": Range(4, 32, "docs/nano.md"),
     "lora_alpha": _SD["lora_alpha"],
     "rate": Range(5e-4, 2e-3, "docs/nano.md"),
-    "views": Range(17, 100, "configs/train, *_nano.yaml: lora_text 18, dreambooth 80"),
+    "views": Range(20, 100, "docs/nano.md 22; configs/train/train_config_dreambooth_lora_nano.yaml 80"),
     "text_encoder": _SD["text_encoder"],
 }
 _ALL = {
