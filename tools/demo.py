@@ -36,6 +36,7 @@ from tools.commands import call, from_root  # noqa: E402
 from tools.grid import draw_grid, evenly  # noqa: E402
 
 STYLE = ROOT / "datasets" / "emoji_line_art"
+BLOCKS = 3  # of the grid, beside each other: all 24 prompts are seen at once
 
 
 def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> str:
@@ -121,7 +122,7 @@ def demonstrate(output: Path, prompts: int) -> None:
 
     images = [sorted((output / name / "samples").glob("*.png")) for name in ("base", "with_lora")]
     columns = {"base": images[0], "with LoRA": images[1], "the real image": [row.path for row in rows]}
-    draw_grid([row.caption for row in rows], columns, output / "grid.png")
+    draw_grid([row.caption for row in rows], columns, output / "grid.png", text_width=150, blocks=BLOCKS)
     print(
         f"\n{output / 'grid.png'}: {len(rows)} held-out prompts, before and after, beside the real images "
         f"({(time.time() - begin) / 60:.1f} minutes)"
