@@ -1,7 +1,7 @@
 """Lesson 4, mixing LoRAs: two styles on the same prompts, at all strengths, in turns, and merged into one file.
 
     python examples/mixing.py
-    python examples/mixing.py --line_art output/examples/first_lora/lora/ckpt/lora.ckpt    # trained by lesson 1
+    python examples/mixing.py --line_art my_style.safetensors    # one that was trained before
 
 It prints each command that it runs. The results are in output/examples/mixing: the two LoRAs, both.ckpt (the two merged
 into one file), mixing.png (each alone, and both), mixing_strengths.png (a grid of strengths), mixing_ranges.png (LoRAs
@@ -63,7 +63,7 @@ class Settings:
     twemoji: Optional[Path] = setting(None, "a LoRA instead of the one that is trained on Twemoji", path=True)
     base_model: Path = setting(ROOT / "models/nano/nano.safetensors", "the base model", path=True)
     train_config: Path = setting(
-        ROOT / "configs/train/train_config_lora_text_nano.yaml", "the recipe, a YAML of configs/train", path=True
+        ROOT / "configs/train/train_config_lora_nano.yaml", "the recipe, a YAML of configs/train", path=True
     )
     steps: Optional[int] = setting(None, "steps of each training; None: the recipe's", low=1, high=MAX_COUNT)
     prompts: list[str] = setting(PROMPTS, "what to draw; the first one in the grid of strengths", length=(1, 100))

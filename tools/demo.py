@@ -1,9 +1,9 @@
-"""Fine-tune the nano model with LoRA on line drawings of emoji, and compare held-out prompts before and after.
+"""Fine-tune the nano model with LoRA on line drawings of emoji, and draw prompts before and after.
 
     python tools/demo.py
 
 The demo runs the same scripts as a user would and prints each command. It writes output/demo/grid.png, with columns for
-the prompt, the base model, the LoRA and the real drawing, which the LoRA was not trained on. It ends with a table of
+the prompt, the base model, the LoRA and the real image, which the LoRA was not trained on. It ends with a table of
 scores. Running it again resumes an interrupted demo.
 """
 
@@ -85,7 +85,7 @@ class Settings:
     """The command line."""
 
     output_path: Path = setting(Path("output/demo"), "folder of the results", path=True)
-    prompts: int = setting(24, "number of held-out prompts", low=1)
+    prompts: int = setting(24, "number of prompts, whose drawings the LoRA is not trained on", low=1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def demonstrate(output: Path, prompts: int) -> None:
-    """Train a LoRA, generate images for `prompts` held-out prompts before and after, and write the grid."""
+    """Train a LoRA, draw `prompts` prompts that it is not trained on before and after, and write the grid."""
     begin = time.time()
     rows = read_image_text_csv(STYLE / "test").rows
     rows = [rows[i] for i in evenly(len(rows), prompts)]
@@ -124,12 +124,12 @@ def demonstrate(output: Path, prompts: int) -> None:
     columns = {"base": images[0], "with LoRA": images[1], "the real image": [row.path for row in rows]}
     draw_grid([row.caption for row in rows], columns, output / "grid.png", text_width=150, blocks=BLOCKS)
     print(
-        f"\n{output / 'grid.png'}: {len(rows)} held-out prompts, before and after, beside the real images "
+        f"\n{output / 'grid.png'}: {len(rows)} prompts, before and after, beside the real images "
         f"({(time.time() - begin) / 60:.1f} minutes)"
     )
     if len(rows) > 1:
         print(
-            f"\nThe {len(rows)} held-out prompts scored by the nano CLIP, with standard deviations (bootstrap).\n"
+            f"\nThe {len(rows)} prompts scored by the nano CLIP, with standard deviations (bootstrap).\n"
             "Compare these scores with each other only. Closer to the real images' is better.\n\n"
             + scores(rows, *images)
         )

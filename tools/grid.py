@@ -32,7 +32,7 @@ def draw_grid(
 
     Args:
         prompts: The names of the rows.
-        columns: The image files of each column, by its title.
+        columns: The image files of each column, by its title, one for each prompt.
         path: The PNG to write.
         header: The title of the prompts, for rows that are something else.
         text_width: Width of the prompts in pixels.
@@ -41,7 +41,8 @@ def draw_grid(
             many rows is seen as a whole.
     """
     font, bold = ImageFont.load_default(16), ImageFont.load_default(18)
-    rows, width = -(-len(prompts) // blocks), text_width + len(columns) * (SIZE + GAP) + GAP
+    rows, width = max(1, -(-len(prompts) // blocks)), text_width + len(columns) * (SIZE + GAP) + GAP
+    blocks = max(1, -(-len(prompts) // rows))  # none is empty
     sheet = Image.new("RGB", (blocks * width, 40 + rows * (SIZE + GAP)), "white")
     draw = ImageDraw.Draw(sheet)
     for j in range(rows):

@@ -3,11 +3,11 @@
     python -m tools.nano.choose_concepts
 
 Writes datasets/emoji_noto/img_txt.csv, and the img_txt.csv of the other styles with their training images of the same
-concepts. Writes datasets/emoji_line_art, the demo's data set: the line drawings of datasets/styles/notomono-bold of the
-same concepts, those whose image in emoji_fluent_hc is held out in its test split. The concepts are those of the test
-split of emoji_fluent_hc, which judges the LoRA of the demo, and whole groups of emoji: animals, plants, food,
-smiling faces, cats, instruments, boats, aeroplanes, sports, things. A small model draws few concepts better than many.
-A LoRA learns a style only from concepts that its base model knows (docs/nano.md).
+concepts. Writes datasets/emoji_line_art, the demo's data set: line drawings of the same concepts, copied from
+datasets/styles/notomono-bold. Its test split has the concepts whose image in emoji_fluent_hc is held out. The concepts
+are those of the test split of emoji_fluent_hc, with which the demo's LoRA is measured, and whole groups of emoji:
+animals, plants, food, smiling faces, cats, instruments, boats, aeroplanes, sports, things. A small model draws few
+concepts better than many. A LoRA learns a style only from concepts that its base model knows (docs/nano.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ldm.files.outputs import claim_all, claim_file
 from ldm.runtime.script import run_script
 from tools.nano.images import DATASETS, LINE_ART, STYLES, categories, read_rows
 
-LINE_DRAWINGS = "notomono-bold"  # the style of LINE_ART; a caption of the base model's training calls it by words
+LINE_DRAWINGS = "notomono-bold"  # the style of LINE_ART, "line drawing, bold" in the base model's training
 
 WHOLE_CATEGORIES = ("Animals & Nature", "Food & Drink")
 SUBCATEGORIES = (
@@ -60,6 +60,10 @@ def write_line_art(chosen: Collection[str], held_out: Collection[str]) -> None:
     for split in ("train", "test"):
         rows = [row for row in drawings if (row.path.name in held_out) == (split == "test")]
         (DATASETS / LINE_ART / split).mkdir(parents=True, exist_ok=True)
+        for old in {*(DATASETS / LINE_ART / split).glob("*.png")} - {
+            DATASETS / LINE_ART / split / r.path.name for r in rows
+        }:
+            old.unlink()  # of an earlier choice
         for row in rows:
             with atomic_path(DATASETS / LINE_ART / split / row.path.name) as path:
                 shutil.copyfile(row.path, path)
@@ -71,7 +75,8 @@ def write_line_art(chosen: Collection[str], held_out: Collection[str]) -> None:
 
 
 def main() -> None:
-    with claim_all(*(claim_file(DATASETS / style / "img_txt.csv", "img_txt.csv") for style in ("emoji_noto", *STYLES))):
+    folders = ("emoji_noto", *STYLES, f"{LINE_ART}/train", f"{LINE_ART}/test")
+    with claim_all(*(claim_file(DATASETS / folder / "img_txt.csv", "img_txt.csv") for folder in folders)):
         choose()
 
 
