@@ -41,11 +41,11 @@ class Settings:
 
     output_path: Path = setting(ROOT / "output/examples/first_lora", "folder of the results", path=True)
     data_path: Path = setting(
-        ROOT / "datasets/emoji_fluent_hc", "folder with images and img_txt.csv (datasets/README.md)", path=True
+        ROOT / "datasets/emoji_line_art/train", "folder with images and img_txt.csv (datasets/README.md)", path=True
     )
     base_model: Path = setting(ROOT / "models/nano/nano.safetensors", "the base model", path=True)
     train_config: Path = setting(
-        ROOT / "configs/train/train_config_lora_nano.yaml", "the recipe, a YAML of configs/train", path=True
+        ROOT / "configs/train/train_config_lora_text_nano.yaml", "the recipe, a YAML of configs/train", path=True
     )
     steps: Optional[int] = setting(None, "steps of training; None: the recipe's", low=1, high=MAX_COUNT)
     prompts: list[str] = setting(PROMPTS, "what to draw, before and after", length=(1, 100))

@@ -46,7 +46,7 @@ from tools.commands import call, from_root  # noqa: E402
 from tools.grid import draw_grid, evenly  # noqa: E402
 from tools.lessons import PROMPTS, check_prompts, replaced, save_images, train_lora  # noqa: E402
 
-STYLE = ROOT / "datasets/emoji_fluent_hc"
+STYLE = ROOT / "datasets/emoji_line_art/train"
 KOHYA_FOLDER = "10_emoji line art"
 IMAGES = 120  # of the style, in the folder that the lesson makes
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first one that exists
@@ -64,7 +64,7 @@ class Settings:
     )
     base_model: Path = setting(ROOT / "models/nano/nano.safetensors", "the base model", path=True)
     train_config: Path = setting(
-        ROOT / "configs/train/train_config_lora_nano.yaml", "the recipe, a YAML of configs/train", path=True
+        ROOT / "configs/train/train_config_lora_text_nano.yaml", "the recipe, a YAML of configs/train", path=True
     )
     name: str = setting("emoji_line_art", "the name of the file for A1111, which a prompt there mentions")
     steps: Optional[int] = setting(None, "steps of training; None: the recipe's", low=1, high=MAX_COUNT)

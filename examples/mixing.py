@@ -1,7 +1,7 @@
 """Lesson 4, mixing LoRAs: two styles on the same prompts, at all strengths, in turns, and merged into one file.
 
     python examples/mixing.py
-    python examples/mixing.py --line_art output/examples/first_lora/lora/ckpt/lora.ckpt    # trained by lesson 1
+    python examples/mixing.py --line_art my_style.safetensors    # one that was trained before
 
 It prints each command that it runs. The results are in output/examples/mixing: the two LoRAs, both.ckpt (the two merged
 into one file), mixing.png (each alone, and both), mixing_strengths.png (a grid of strengths), mixing_ranges.png (LoRAs
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with claim_folder(output, "--output_path"):
         describe_progress(lambda: f"before the end; the same command resumes from what is in {output}")
         steps = () if settings.steps is None else ("--max_steps", str(settings.steps))
-        for name, style in (("line_art", "emoji_fluent_hc"), ("twemoji", "emoji_twemoji")):
+        for name, style in (("line_art", "emoji_line_art/train"), ("twemoji", "emoji_twemoji")):
             loras[name] = loras[name] or train_lora(recipe, f"datasets/{style}", base, output / name, *steps)
         merge_into_one_file(base, loras["line_art"], loras["twemoji"], settings.prompts, output)
         draw(base, loras["line_art"], loras["twemoji"], settings, output)

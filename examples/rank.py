@@ -63,10 +63,10 @@ class Settings:
     )
     steps: int = setting(200, "steps of each training", low=1, high=MAX_COUNT)
     data_path: Path = setting(
-        ROOT / "datasets/emoji_fluent_hc", "folder with images and img_txt.csv, to train on", path=True
+        ROOT / "datasets/emoji_line_art/train", "folder with images and img_txt.csv, to train on", path=True
     )
     test_path: Path = setting(
-        ROOT / "datasets/emoji_fluent_hc/test", "another one: its captions are drawn, its images compared", path=True
+        ROOT / "datasets/emoji_line_art/test", "another one: its captions are drawn, its images compared", path=True
     )
     prompts: int = setting(24, "number of captions of the latter that are drawn", low=1)
     shown: list[str] = setting(PROMPTS, "captions of the latter that are drawn first, for the grid", length=(0, 100))

@@ -1,10 +1,10 @@
-"""Fine-tune the nano model with LoRA on line-art emoji, and compare held-out prompts before and after.
+"""Fine-tune the nano model with LoRA on line drawings of emoji, and draw prompts before and after.
 
     python tools/demo.py
 
 The demo runs the same scripts as a user would and prints each command. It writes output/demo/grid.png, with columns for
-the prompt, the base model, the LoRA and the real image, which was not used in training. It ends with a table of scores.
-Running it again resumes an interrupted demo.
+the prompt, the base model, the LoRA and the real image, which the LoRA was not trained on. It ends with a table of
+scores. Running it again resumes an interrupted demo.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from ldm.settings.read import read_settings  # noqa: E402
 from tools.commands import call, from_root  # noqa: E402
 from tools.grid import draw_grid, evenly  # noqa: E402
 
-STYLE = ROOT / "datasets" / "emoji_fluent_hc"
-LORA_SCALE = "0.8"  # 1 leaves slightly less colour, and fewer recognisable shapes (docs/nano.md)
+STYLE = ROOT / "datasets" / "emoji_line_art"
+BLOCKS = 3  # of the grid, beside each other: all 24 prompts are seen at once
 
 
 def scores(rows: Sequence[Row], base: Sequence[Path], lora: Sequence[Path]) -> str:
@@ -85,7 +85,7 @@ class Settings:
     """The command line."""
 
     output_path: Path = setting(Path("output/demo"), "folder of the results", path=True)
-    prompts: int = setting(24, "number of held-out prompts", low=1)
+    prompts: int = setting(24, "number of prompts, whose drawings the LoRA is not trained on", low=1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -105,31 +105,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def demonstrate(output: Path, prompts: int) -> None:
-    """Train a LoRA, generate images for `prompts` held-out prompts before and after, and write the grid."""
+    """Train a LoRA, draw `prompts` prompts that it is not trained on before and after, and write the grid."""
     begin = time.time()
     rows = read_image_text_csv(STYLE / "test").rows
     rows = [rows[i] for i in evenly(len(rows), prompts)]
     with atomic_path(output / "prompts.txt") as path:
         path.write_text("".join(row.caption + "\n" for row in rows), encoding="utf-8")
-    recipe = ("--train_config", "configs/train/train_config_lora_nano.yaml", "--resume", "True")
+    recipe = ("--train_config", "configs/train/train_config_lora_text_nano.yaml", "--resume", "True")
     base = ("--pretrained_model_path", "models/nano/nano.safetensors")
-    data = ("--data_path", str(STYLE.relative_to(ROOT)))
+    data = ("--data_path", str((STYLE / "train").relative_to(ROOT)))
     call("train_text_to_image.py", *recipe, *base, *data, "--output_path", str(output / "lora"))
     lora = ("--use_lora", "True", "--lora_ckpt_path", str(output / "lora" / "ckpt" / "lora.ckpt"))
     generate = ("text_to_image.py", "--data_path", str(output / "prompts.txt"), "--batch_size", "12", "--seed", "1")
     call(*generate, "--output_path", str(output / "base"))
-    call(*generate, "--output_path", str(output / "with_lora"), *lora, "--lora_scale", LORA_SCALE)
+    call(*generate, "--output_path", str(output / "with_lora"), *lora)
 
     images = [sorted((output / name / "samples").glob("*.png")) for name in ("base", "with_lora")]
     columns = {"base": images[0], "with LoRA": images[1], "the real image": [row.path for row in rows]}
-    draw_grid([row.caption for row in rows], columns, output / "grid.png")
+    draw_grid([row.caption for row in rows], columns, output / "grid.png", text_width=150, blocks=BLOCKS)
     print(
-        f"\n{output / 'grid.png'}: {len(rows)} held-out prompts, before and after, beside the real images "
+        f"\n{output / 'grid.png'}: {len(rows)} prompts, before and after, beside the real images "
         f"({(time.time() - begin) / 60:.1f} minutes)"
     )
     if len(rows) > 1:
         print(
-            f"\nThe {len(rows)} held-out prompts scored by the nano CLIP, with standard deviations (bootstrap).\n"
+            f"\nThe {len(rows)} prompts scored by the nano CLIP, with standard deviations (bootstrap).\n"
             "Compare these scores with each other only. Closer to the real images' is better.\n\n"
             + scores(rows, *images)
         )

@@ -3,7 +3,7 @@
 from ldm.generation.pipeline import Pipeline
 
 pipe = Pipeline.from_checkpoint("models/nano/nano.safetensors")
-pipe.load_lora("output/demo/lora/ckpt/lora.ckpt", 0.8)
+pipe.load_lora("output/demo/lora/ckpt/lora.ckpt")
 image = pipe("a red apple", num_inference_steps=20, seed=42).images[0]
 image.save("apple.png")
 """

@@ -62,7 +62,7 @@ _NANO = {
     "lora_rank": Range(4, 32, "docs/nano.md"),
     "lora_alpha": _SD["lora_alpha"],
     "rate": Range(5e-4, 2e-3, "docs/nano.md"),
-    "views": Range(20, 100, "docs/nano.md 22; configs/train/train_config_dreambooth_lora_nano.yaml 80"),
+    "views": Range(20, 100, "configs/train, *_nano.yaml: lora 22, lora_text 45, dreambooth_lora 80"),
     "text_encoder": _SD["text_encoder"],
 }
 _ALL = {
@@ -103,7 +103,7 @@ _RECIPES = {
         fewest_views=10,
         source="this project's recipes for nano",
         subject_views="its DreamBooth recipe shows each 80 times",
-        style_views="its recipe shows each of 358 images 22 times (docs/nano.md)",
+        style_views="its recipe shows each of 358 images 22 times",
     ),
     "sd": _Recipe(
         rank_of_subject=8,
@@ -269,7 +269,7 @@ def _count(number: int, what: str) -> str:
 def _of_rank(facts: DataFacts, settings: TrainSettings, recipe: _Recipe) -> str:
     rank = recipe.rank_of_subject if facts.is_subject else recipe.rank_of_style
     if recipe is _RECIPES["nano"]:
-        why = "rank 4 left 10 % of the base's colours where 16 left 6 %, and 32 gained nothing (docs/nano.md)"
+        why = "with the first base, rank 4 left 10 % of its colours, 16 6 %, and 32 gained nothing (docs/nano.md)"
     elif facts.is_subject:
         why = "one subject has little to learn: diffusers takes 4, mindone 64; a higher rank learns more by heart"
     else:

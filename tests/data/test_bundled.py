@@ -1,4 +1,4 @@
-"""The images in datasets/ decode, and no held-out image is trained on."""
+"""The images in datasets/ decode, and no held-out image of Fluent or Twemoji is trained on."""
 
 import csv
 import re
@@ -71,10 +71,11 @@ def test_meta_names_the_split_of_each_image(style):
 def test_sources_and_licences_travel_with_the_images():
     attribution = (DATASETS / "ATTRIBUTION.md").read_text(encoding="utf-8")
     bundled = {path.name for path in DATASETS.iterdir() if path.is_dir()} - {"LICENSES"}
-    assert bundled == {*STYLES, "styles", "mnist", "line_art_cat", "green_face"}
+    assert bundled == {*STYLES, "emoji_line_art", "styles", "mnist", "line_art_cat", "green_face"}
     assert {path.name for path in (DATASETS / "styles").iterdir()} == MORE_STYLES.keys()
     notice = (DATASETS.parent / "NOTICE").read_text(encoding="utf-8")
-    for folder in (*STYLES, *(f"styles/{style}" for style in MORE_STYLES), "mnist", "line_art_cat", "green_face"):
+    styles = (*STYLES, "emoji_line_art", *(f"styles/{style}" for style in MORE_STYLES))
+    for folder in (*styles, "mnist", "line_art_cat", "green_face"):
         assert re.search(rf"^\| ([^|]*, )?{folder}[ ,]", attribution, re.MULTILINE), folder
         assert re.search(rf"\b{folder.removeprefix('styles/')}\b", notice), folder
     licences = {path.name for path in (DATASETS / "LICENSES").iterdir()}
@@ -89,6 +90,20 @@ def test_more_styles_are_sound_and_hold_no_image_of_those_that_are_held_out(styl
     assert {row.path.name for row in found.rows} == {path.name for path in (DATASETS / "styles" / style).glob("*.png")}
     held_out = {row.content for held in ("emoji_fluent_hc", "emoji_twemoji") for row in rows(held, "test")}
     assert held_out.isdisjoint(row.content for row in found.rows)
+
+
+def test_line_art_is_that_of_the_known_concepts_and_the_held_out_ones_are_its_test_split():
+    known = {row.path.name for row in read("emoji_noto", "").rows}
+    held_out = {row.path.name for row in rows("emoji_fluent_hc", "test")}
+    drawings = {row.path.name: row.content for row in read("styles", "notomono-bold").rows if row.path.name in known}
+    assert {row.path.name: row.content for row in rows("emoji_line_art", "train")} == {
+        name: content for name, content in drawings.items() if name not in held_out
+    }
+    assert {row.path.name: row.content for row in rows("emoji_line_art", "test")} == {
+        name: content for name, content in drawings.items() if name in held_out
+    }
+    prompts = (DATASETS / "emoji_line_art" / "test" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert prompts == [row.caption for row in rows("emoji_line_art", "test")]
 
 
 def test_the_cat_of_dreambooth_is_in_the_train_split_of_its_style():

@@ -110,7 +110,8 @@ def test_there_is_a_recipe_for_each_model_and_way():
     models = ("mnist", "nano", "v1", "v2", "v2_vpred")
     assert [path.stem for path in RECIPES] == [
         "train_config_dreambooth_lora_nano", "train_config_dreambooth_lora_v1",
-        *(f"train_config_lora_{model}" for model in models), "train_config_ti_nano", "train_config_ti_v1",
+        "train_config_lora_mnist", "train_config_lora_nano", "train_config_lora_text_nano",
+        *(f"train_config_lora_{model}" for model in models[2:]), "train_config_ti_nano", "train_config_ti_v1",
         *(f"train_config_vanilla_{model}" for model in models),
     ]  # fmt: skip
 

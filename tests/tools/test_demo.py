@@ -23,7 +23,7 @@ def test_it_starts_as_a_script_in_any_folder(tmp_path):
 def test_the_scripts_find_their_paths_from_any_folder(tmp_path, monkeypatch):
     commands, grids = [], []
     monkeypatch.setattr(demo, "call", lambda *command: commands.append(command))
-    monkeypatch.setattr(demo, "draw_grid", lambda prompts, columns, path: grids.append((prompts, path)))
+    monkeypatch.setattr(demo, "draw_grid", lambda prompts, columns, path, **_: grids.append((prompts, path)))
     monkeypatch.setattr(sys, "argv", ["demo.py", "--output_path", "here", "--prompts", "1"])
     monkeypatch.chdir(tmp_path)
     demo.main()

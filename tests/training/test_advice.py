@@ -68,6 +68,7 @@ def test_rank_rate_and_steps_follow_data_and_base(facts, architecture, settings,
     "recipe, facts",
     [
         ("train_config_lora_nano.yaml", EMOJI),
+        ("train_config_lora_text_nano.yaml", EMOJI),
         ("train_config_dreambooth_lora_nano.yaml", facts(6, 1.0, samples=96, own_samples=48)),
         ("train_config_lora_v1.yaml", POKEMON),
         ("train_config_lora_v2.yaml", facts(100, 0.2)),

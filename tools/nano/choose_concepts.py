@@ -3,21 +3,26 @@
     python -m tools.nano.choose_concepts
 
 Writes datasets/emoji_noto/img_txt.csv, and the img_txt.csv of the other styles with their training images of the same
-concepts. The concepts are those of the test split of emoji_fluent_hc, whose style the demo holds out, and whole groups
-of emoji: animals, plants, food, smiling faces, cats, instruments, boats, aeroplanes, sports, things. A small model
-draws few concepts better than many. A LoRA learns a style only from concepts that its base model knows (docs/nano.md).
+concepts. Writes datasets/emoji_line_art, the demo's data set: line drawings of the same concepts, copied from
+datasets/styles/notomono-bold. Its test split has the concepts whose image in emoji_fluent_hc is held out. The concepts
+are those of the test split of emoji_fluent_hc, with which the demo's LoRA is measured, and whole groups of emoji:
+animals, plants, food, smiling faces, cats, instruments, boats, aeroplanes, sports, things. A small model draws few
+concepts better than many. A LoRA learns a style only from concepts that its base model knows (docs/nano.md).
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+import shutil
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from ldm.files.atomic import atomic_path
 from ldm.files.outputs import claim_all, claim_file
 from ldm.runtime.script import run_script
-from tools.nano.images import DATASETS, STYLES, categories, read_rows
+from tools.nano.images import DATASETS, LINE_ART, STYLES, categories, read_rows
+
+LINE_DRAWINGS = "notomono-bold"  # the style of LINE_ART, "line drawing, bold" in the base model's training
 
 WHOLE_CATEGORIES = ("Animals & Nature", "Food & Drink")
 SUBCATEGORIES = (
@@ -39,7 +44,7 @@ SUBCATEGORIES = (
 
 
 def write_csv(style: str, rows: Iterable[tuple[str, str]]) -> int:
-    """Write datasets/<style>/img_txt.csv from rows of (split/file, caption), sorted by file; return their number."""
+    """Write datasets/<style>/img_txt.csv from rows of (file, caption), sorted by file name. Return their number."""
     ordered = sorted(rows, key=lambda row: Path(row[0]).name)
     with atomic_path(DATASETS / style / "img_txt.csv") as path:
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -49,8 +54,29 @@ def write_csv(style: str, rows: Iterable[tuple[str, str]]) -> int:
     return len(ordered)
 
 
+def write_line_art(chosen: Collection[str], held_out: Collection[str]) -> None:
+    """Write datasets/emoji_line_art: the line drawings of the chosen files, in train/ and, those held out, in test/."""
+    drawings = [row for row in read_rows(LINE_DRAWINGS) if row.path.name in chosen]
+    for split in ("train", "test"):
+        rows = [row for row in drawings if (row.path.name in held_out) == (split == "test")]
+        (DATASETS / LINE_ART / split).mkdir(parents=True, exist_ok=True)
+        for old in {*(DATASETS / LINE_ART / split).glob("*.png")} - {
+            DATASETS / LINE_ART / split / r.path.name for r in rows
+        }:
+            old.unlink()  # of an earlier choice
+        for row in rows:
+            with atomic_path(DATASETS / LINE_ART / split / row.path.name) as path:
+                shutil.copyfile(row.path, path)
+        count = write_csv(f"{LINE_ART}/{split}", [(row.path.name, row.caption) for row in rows])
+        if split == "test":
+            with atomic_path(DATASETS / LINE_ART / split / "prompts.txt") as path:
+                path.write_text("".join(row.caption + "\n" for row in rows), encoding="utf-8")
+        print(f"{count} line drawings in {LINE_ART}/{split}")
+
+
 def main() -> None:
-    with claim_all(*(claim_file(DATASETS / style / "img_txt.csv", "img_txt.csv") for style in ("emoji_noto", *STYLES))):
+    folders = ("emoji_noto", *STYLES, f"{LINE_ART}/train", f"{LINE_ART}/test")
+    with claim_all(*(claim_file(DATASETS / folder / "img_txt.csv", "img_txt.csv") for folder in folders)):
         choose()
 
 
@@ -74,6 +100,7 @@ def choose() -> None:
             (f"train/{row.path.name}", row.caption) for row in read_rows(style, "train") if row.path.name in chosen
         ]
         print(f"{write_csv(style, known)} training images of {style} show one of them")
+    write_line_art(chosen, held_out_style)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from ldm.data.upright import open_rgb
 
 DATASETS = Path(__file__).resolve().parents[2] / "datasets"
 STYLES = ("emoji_fluent_hc", "emoji_twemoji")
+LINE_ART = "emoji_line_art"  # the demo's data set, which tools.nano.choose_concepts writes
 # More styles of the same concepts, whose images of every concept may be used for training.
 MORE_STYLES = ("noto-v1", "emojione", "emojione-monotone", "fxemoji", "notomono", "notomono-bold")
 

@@ -6,8 +6,8 @@ r"""Measure the nano model, alone or with a LoRA.
 
 Without a LoRA, it measures the autoencoder's PSNR on Noto's held-out images, and for 200 captions, how often the real
 image is among the 5 nearest training images to the generated one, by pixels (16x16 RGB, L2) and by the nano CLIP's
-image tower. With a LoRA for the style `--style`, or with `--words` for it, it compares the base model without and with
-them on the captions of the style's held-out images: the mean chroma (max - min of RGB, 0 to 1), how often the concept's
+image tower. With a LoRA, or with `--words`, it compares the base model without and with them on the captions
+of the held-out images of `--style`: the mean chroma (max - min of RGB, 0 to 1), how often the concept's
 real image in that style is among the 5 nearest of the held-out ones to the generated one, or nearer than another one
 (nano image tower), the Fréchet distance to the held-out images and the CLIP score (nano CLIP). It writes a grid of
 samples and the images for each seed, and the figures of each seed with their means.
@@ -91,12 +91,12 @@ class Settings:
 
     output_path: Path = setting(REQUIRED, "folder of the grids, the images and measure.json", path=True)
     models: Path = setting(NANO, "folder of nano.safetensors and clip.safetensors", path=True)
-    lora_ckpt_path: Optional[Path] = setting(None, "a LoRA for the style", path=True)
+    lora_ckpt_path: Optional[Path] = setting(None, "a LoRA", path=True)
     lora_scale: float = setting(1.0, "its strength")
     lora_start: Optional[float] = setting(None, "share of the steps where it begins; None: as the file says")
     lora_end: Optional[float] = setting(None, "share of the steps where it ends; None: as the file says")
     words: str = setting("", 'behind each caption, beside a LoRA or instead of one, such as ", line drawing, bold"')
-    style: str = setting("emoji_fluent_hc", "the style of the LoRA", choices=STYLES)
+    style: str = setting("emoji_fluent_hc", "the style whose held-out images are the real ones", choices=STYLES)
     captions: Optional[int] = setting(None, "number; None: 200, or all held-out ones with a LoRA or words", low=2)
     scale: float = setting(4.0, "guidance", low=1)
     seeds: list[int] = setting([1], "seeds of the starting latents", low=0, high=MAX_SEED)

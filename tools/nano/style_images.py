@@ -1,6 +1,6 @@
 """Make the data set that teaches the nano model's UNet the concepts in more styles.
 
-    python -m tools.nano.style_images --output_path output/nano/styles
+    python -m tools.nano.style_images --output_path output/nano/styles_varied
 
 Every concept of datasets/emoji_noto/img_txt.csv is taken in Noto's style and in three of datasets/styles, each image
 once as it is and, unless `--variations False`, once slightly turned, scaled and shifted. Captions name the style: "a
@@ -31,8 +31,8 @@ from ldm.settings.declare import REQUIRED, setting  # noqa: E402
 from ldm.settings.read import read_settings  # noqa: E402
 from tools.nano.images import DATASETS  # noqa: E402
 
-# The folders of datasets/styles, and how a caption names each style. The styles in colour are left out: the nano model
-# learns a drawing in 300 epochs (docs/nano.md, "Training runs"), and three more styles take that time again.
+# The folders of datasets/styles, and how a caption names each style. The styles in colour are left out: each
+# style takes training time and a part of a small model (docs/nano.md, "Training runs").
 STYLE_WORDS = {
     "emojione-monotone": "black and white",
     "notomono": "line drawing",
