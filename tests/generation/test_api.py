@@ -76,7 +76,7 @@ def test_the_example_of_the_readme_saves_an_image_and_switches_without_compiling
     monkeypatch.setattr(
         CanonicalArrays, "__getitem__", lambda arrays, name: read.append(name) or read_one(arrays, name)
     )
-    pipe.set_loras([(example["lora_path"], 0.8)])
+    pipe.set_loras([(example["lora_path"], 1.0)])
     of_lora = [f"{layer}.weight" for layer in read_lora(example["lora_path"]).layers]
     # Each weight that the LoRA changes once, and no other.
     assert sorted(read) == sorted(of_lora) and len(of_lora) < len(pipe.model.parameters_dict()) / 2
