@@ -8,11 +8,11 @@ import pytest
 from mindspore import Tensor, nn
 from PIL import Image
 
-from ldm.data.dataset import read_image_text_csv
+from ldm.data.dataset import Row, read_image_text_csv
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, VAEEncode
 from ldm.tokenizer.tokenizer import Tokenizer
-from tools.nano import assemble, judge, measure, style_images, train_clip, train_vae
+from tools.nano import assemble, choose_concepts, judge, measure, style_images, train_clip, train_vae
 from tools.nano.assemble import half
 from tools.nano.images import (
     MORE_STYLES,
@@ -272,6 +272,23 @@ def test_the_nano_model_is_trained_on_every_concept_of_the_demo_and_at_least_600
     assert {row.path.name for row in read_rows("emoji_fluent_hc", "test")} <= base.keys()
     kinds = {categories()[name][0] for name in base}
     assert kinds >= {"Animals & Nature", "Food & Drink", "Objects", "Smileys & Emotion"}
+
+
+def test_line_drawings_are_copied_to_their_split_and_those_of_an_earlier_choice_removed(tmp_path, monkeypatch):
+    rows = [Row(tmp_path / "bold" / f"{name}.png", f"a {name}", None) for name in ("fox", "owl", "cat")]
+    (tmp_path / "bold").mkdir()
+    for row in rows:
+        row.path.write_bytes(row.caption.encode())
+    monkeypatch.setattr(choose_concepts, "DATASETS", tmp_path)
+    monkeypatch.setattr(choose_concepts, "read_rows", lambda style: rows)
+    choose_concepts.write_line_art({"fox.png", "owl.png"}, held_out=set())
+    choose_concepts.write_line_art({"fox.png", "cat.png"}, held_out={"fox.png", "owl.png"})
+    files = {
+        path.relative_to(tmp_path / "emoji_line_art").as_posix(): path for path in tmp_path.rglob("emoji_line_art/*/*")
+    }
+    assert set(files) == {"train/cat.png", "train/img_txt.csv", "test/fox.png", "test/img_txt.csv", "test/prompts.txt"}
+    assert files["test/fox.png"].read_text() == "a fox" and files["test/prompts.txt"].read_text() == "a fox\n"
+    assert files["train/img_txt.csv"].read_text() == "dir,text\ncat.png,a cat\n"
 
 
 def test_folding_makes_latents_standard_and_keeps_the_reconstruction():

@@ -59,17 +59,17 @@ def write_line_art(chosen: Collection[str], held_out: Collection[str]) -> None:
     drawings = [row for row in read_rows(LINE_DRAWINGS) if row.path.name in chosen]
     for split in ("train", "test"):
         rows = [row for row in drawings if (row.path.name in held_out) == (split == "test")]
-        (DATASETS / LINE_ART / split).mkdir(parents=True, exist_ok=True)
-        for old in {*(DATASETS / LINE_ART / split).glob("*.png")} - {
-            DATASETS / LINE_ART / split / r.path.name for r in rows
-        }:
-            old.unlink()  # of an earlier choice
+        folder = DATASETS / LINE_ART / split
+        folder.mkdir(parents=True, exist_ok=True)
         for row in rows:
-            with atomic_path(DATASETS / LINE_ART / split / row.path.name) as path:
+            with atomic_path(folder / row.path.name) as path:
                 shutil.copyfile(row.path, path)
+        for image in folder.glob("*.png"):
+            if image.name not in {row.path.name for row in rows}:
+                image.unlink()  # of an earlier choice
         count = write_csv(f"{LINE_ART}/{split}", [(row.path.name, row.caption) for row in rows])
         if split == "test":
-            with atomic_path(DATASETS / LINE_ART / split / "prompts.txt") as path:
+            with atomic_path(folder / "prompts.txt") as path:
                 path.write_text("".join(row.caption + "\n" for row in rows), encoding="utf-8")
         print(f"{count} line drawings in {LINE_ART}/{split}")
 

@@ -6,11 +6,11 @@ r"""Measure the nano model, alone or with a LoRA.
 
 Without a LoRA, it measures the autoencoder's PSNR on Noto's held-out images, and for 200 captions, how often the real
 image is among the 5 nearest training images to the generated one, by pixels (16x16 RGB, L2) and by the nano CLIP's
-image tower. With a LoRA, or with `--words`, it compares the base model without and with them on the captions
-of the held-out images of `--style`: the mean chroma (max - min of RGB, 0 to 1), how often the concept's
-real image in that style is among the 5 nearest of the held-out ones to the generated one, or nearer than another one
-(nano image tower), the Fréchet distance to the held-out images and the CLIP score (nano CLIP). It writes a grid of
-samples and the images for each seed, and the figures of each seed with their means.
+image tower. With a LoRA, or with `--words`, it compares the base model without and with them on the captions of the
+held-out images of `--style`: the mean chroma (max - min of RGB, 0 to 1), how often the concept's real image in that
+style is among the 5 nearest of the held-out ones to the generated one, or nearer than another one (nano image tower),
+the Fréchet distance to the held-out images and the CLIP score (nano CLIP). It writes a grid of samples and the images
+for each seed, and the figures of each seed with their means.
 """
 
 from __future__ import annotations
