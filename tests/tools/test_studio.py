@@ -293,6 +293,16 @@ def test_images_are_made_listed_and_shown(ask):
     assert ask("GET", f"/api/image?name={done['images'][0]}")[1]["size"] == [8, 8]
 
 
+def test_a_request_has_its_images_before_it_says_that_it_has_ended(ask, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        Job, "folder", property(lambda job: seen.append(job.state) or tool.Path(job.settings.output_path))
+    )
+    ask("POST", "/api/jobs", {"settings": {"prompt": "a cat"}, "loras": []})
+    assert len(finished(ask)["images"]) == 1
+    assert "loading" in seen and "saved" not in seen  # its folder is read while the page still asks
+
+
 def save_png(path, **texts):
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = PngInfo()

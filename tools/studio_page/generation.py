@@ -141,11 +141,12 @@ class Generator:
                 continue
             self._current = job
             job.state = "loading"
+            end = "failed"
             try:
                 self._make(job.settings, self._open_model)
-                job.state = "saved"
+                end = "saved"
             except Cancelled:
-                job.state = "cancelled"
+                end = "cancelled"
             except UserError as error:
                 job.error = plain(error, LONGEST_MESSAGE)
             except OSError as error:
@@ -155,10 +156,9 @@ class Generator:
             except BaseException as error:  # a fault of the program ends the request, not the page
                 logger.error("%s", traceback.format_exc())
                 job.error = f"a fault of the program ({type(error).__name__}): the terminal shows where"
-            if job.error:
-                job.state = "failed"
             job.images = sorted(job.folder.glob("samples/*.png"))
             self._current = None
+            job.state = end  # last, because the page asks no more once it has ended
 
     def _open_model(self, checkpoint: Path, **options: Any) -> Pipeline:
         """Return what Pipeline.from_checkpoint does: the one in memory if it is the same, without learned tokens."""
